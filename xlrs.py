@@ -1,0 +1,96 @@
+"""The paper in six functions: similarity, regulariser, checkpoint rule, rank correlation.
+
+Tianjian Li and Kenton Murray, "Why Does Zero-Shot Cross-Lingual Generation Fail? An Explanation
+and a Solution", Findings of ACL 2023. What is marked "ours" is a choice of this implementation.
+
+Shapes: B sentences, S tokens, D width of the encoder, L languages.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def pool(states, mask):
+    """Return one vector a sentence, (B, D): the mean of its encoder states over real tokens (ours).
+
+    states (B, S, D) final encoder states; mask (B, S) bool, True at real tokens.
+    A sentence without any real token pools to zeros.
+    """
+    weights = mask.unsqueeze(-1).to(states.dtype)  # (B, S, 1)
+    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def similarity(a, b):
+    """Return the cosine of each pair of sentence vectors, (B,), in [-1, 1].
+
+    XLRS is the mean of this over the pairs of a parallel text, and then over language pairs.
+    a, b (B, D): the same sentences in two languages. In float32 whatever the model's precision.
+    """
+    return F.cosine_similarity(a.float(), b.float(), dim=-1)
+
+
+def xlrs(pooled):
+    """Return XLRS of the source with each other language, (L - 1,), each in [-1, 1].
+
+    pooled (L, B, D): B parallel sentences in L languages; row 0 is the source.
+    """
+    source, others = pooled[:1], pooled[1:]
+    return similarity(source.expand_as(others), others).mean(dim=1)
+
+
+def regulariser(pooled, floor=0.0):
+    """Return the term that λ multiplies in `loss = cross-entropy + λ · term`, a scalar ≥ 0.
+
+        term = max(0, mean cosine of source and other languages − floor)
+
+    pooled (L, B, D): B parallel sentences in L languages; row 0 is the source. Gradient flows to
+    both sides. The floor is ours: without it (floor = −1) the cheapest way to please the term is to
+    push the languages to opposite poles, where XLRS is −1 and the outputs are in no language.
+    """
+    if pooled.shape[0] < 2:
+        raise ValueError(f"the regulariser compares languages: expected at least 2, "
+                         f"found {pooled.shape[0]}; name more with --parallel")
+    return (xlrs(pooled).mean() - floor).clamp(min=0)
+
+
+def choose(checkpoints, by="xlrs"):
+    """Return the checkpoint that the rule picks; the earliest of equals.
+
+    checkpoints: dicts with "step", "xlrs" (a number in [-1, 1]) and "dev" (the source language's
+    development score, higher is better). by="xlrs": lowest XLRS, the paper's rule, which needs no
+    target-language data; by="dev": best development score, the usual rule.
+    """
+    keys = {"xlrs": lambda row: row["xlrs"], "dev": lambda row: -row["dev"]}
+    if by not in keys:
+        raise ValueError(f"expected by to be one of {sorted(keys)}, found {by!r}")
+    if not checkpoints:
+        raise ValueError("expected at least one checkpoint to choose from, found none")
+    for row in checkpoints:
+        if row.get(by) is None or not math.isfinite(row[by]):
+            raise ValueError(f"checkpoint at step {row.get('step')}: expected a finite {by!r}, "
+                             f"found {row.get(by)!r}")
+    return min(checkpoints, key=keys[by])
+
+
+def spearman(x, y):
+    """Return Spearman's rank correlation of two equally long lists, in [-1, 1]; ties averaged.
+
+    NaN where it is undefined: fewer than two points, or one list constant.
+    """
+    if len(x) != len(y):
+        raise ValueError(f"expected two lists of equal length, found {len(x)} and {len(y)}")
+    if len(x) < 2:
+        return math.nan
+    rx, ry = (ranks(values) - (len(values) - 1) / 2 for values in (x, y))
+    norm = math.sqrt(float(rx @ rx) * float(ry @ ry))
+    return float(rx @ ry) / norm if norm else math.nan
+
+
+def ranks(values):
+    """Return the rank of each value from 0, (N,) float64; equal values share their mean rank."""
+    v = torch.as_tensor(values, dtype=torch.float64)
+    below = (v[None] < v[:, None]).sum(dim=1)  # (N, N) -> (N,)
+    equal = (v[None] == v[:, None]).sum(dim=1)
+    return below + (equal - 1) / 2
