@@ -60,15 +60,19 @@ class Tokenizer:
 
 
 def write_file(path, content):
-    """Write bytes or str to path under a temporary name, flush it to disk, then rename it.
+    """Write content to path under a temporary name, flush it to disk, then rename it.
 
+    content: bytes, str, or a function that writes into the open binary file it is given.
     A reader sees the old file or the whole new one, never a part. Raises OSError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            if callable(content):
+                content(file)
+            else:
+                file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
