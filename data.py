@@ -4,7 +4,10 @@ Shapes: B sentences, S source tokens, T target tokens.
 """
 
 import configparser
+import csv
 import functools
+import io
+import itertools
 import json
 import os
 import random
@@ -12,7 +15,9 @@ import re
 import zlib
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
+import torch
 
 PAD, EOS, UNK = 0, 1, 2  # mT5's ids; the decoder also starts with PAD
 IGNORE = -100  # label of padding: no loss there
@@ -80,6 +85,199 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
 
 
+def train_tokenizer(lines, vocab_size):
+    """Return a Tokenizer trained on lines: mT5's layout of ids, at most vocab_size pieces.
+
+    Ours: byte pairs (BPE) where mT5 has a unigram model, which finds too few pieces in a text as
+    repetitive as the toy world. Deterministic.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
+            model_type="bpe", byte_fallback=True, character_coverage=0.9995, split_digits=True,
+            pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1, hard_vocab_limit=False,
+            user_defined_symbols=[f"<extra_id_{i}>" for i in range(100)], minloglevel=2)
+    except RuntimeError as error:
+        raise ValueError(f"no vocabulary of {vocab_size} pieces could be trained on this text; "
+                         f"choose another --vocab-size ({error})") from None
+    return Tokenizer(model.getvalue())
+
+
+# Readers of users' files. Every mistake is a ValueError that names file and line.
+
+def read_lines(path):
+    """Return the lines of a UTF-8 text file, split at line feeds alone, without `\r`."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise FileNotFoundError(f"{path}: {error.strerror}; expected a UTF-8 text file") from None
+    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = lines[:-1] if lines[-1] == b"" else lines
+    if not lines:
+        raise ValueError(f"{path}: expected text, found an empty file")
+    for number, line in enumerate(lines, start=1):
+        try:
+            lines[number - 1] = line.removesuffix(b"\r").decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: expected UTF-8, found byte "
+                             f"0x{line[error.start]:02x}; convert the file to UTF-8") from None
+    return lines
+
+
+def read_pairs(path, fields=("source", "target")):
+    """Return [(source, target), …] of a file: one pair an object, a row, or a line.
+
+    path: `.jsonl`, `.tsv` or `.csv` with a header, or "SOURCE_FILE,TARGET_FILE" of aligned lines.
+    fields: the names of the source's and the target's column.
+    """
+    path = str(path)
+    if "," in path:
+        sides = read_parallel(dict(enumerate(path.split(",", 1))))
+        rows = zip(itertools.count(1), sides[0], sides[1])
+    elif path.endswith(".jsonl"):
+        rows = jsonl_rows(path, fields)
+    elif path.endswith((".tsv", ".csv")):
+        rows = table_rows(path, fields)
+    else:
+        raise ValueError(f"{path}: expected a name that ends in .jsonl, .tsv or .csv, "
+                         "or two aligned text files as SOURCE_FILE,TARGET_FILE")
+    pairs = []
+    for line, *pair in rows:
+        for field, text in zip(fields, pair):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{path}:{line}: expected text in {field!r}, found {text!r}; "
+                                 "mend or remove this line")
+        pairs.append(tuple(pair))
+    if not pairs:
+        raise ValueError(f"{path}: expected at least one pair, found only a header")
+    return pairs
+
+
+def jsonl_rows(path, fields):
+    """Yield (line number, source, target) of a file with a JSON object a line."""
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
+            raise ValueError(f"{path}:{number}: expected a JSON object on each line, "
+                             f"found {line[:40]!r}") from None
+        if not isinstance(row, dict) or not set(fields) <= set(row):
+            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"{path}:{number}: expected an object with the fields "
+                             f"{' and '.join(fields)}, found {found}; name them with --fields")
+        yield number, row[fields[0]], row[fields[1]]
+
+
+def table_rows(path, fields):
+    """Yield (line number, source, target) of a table with a header; quoted line breaks are kept."""
+    text = "\n".join(read_lines(path)) + "\n"
+    separator = "\t" if path.endswith(".tsv") else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        if not set(fields) <= set(reader.fieldnames or ()):
+            raise ValueError(f"{path}:1: expected a header with the columns {' and '.join(fields)}, "
+                             f"found {reader.fieldnames}; name them with --fields")
+        for row in reader:
+            yield reader.line_num, row[fields[0]], row[fields[1]]
+    except csv.Error as error:
+        raise ValueError(f"{path}:{reader.line_num}: expected a table, found a row that the "
+                         f"reader refuses ({error})") from None
+
+
+def read_parallel(paths):
+    """Return {language: sentences} of files that are aligned line by line.
+
+    paths: {language: path}. A line that is blank in one file is left out in all.
+    """
+    texts = {language: read_lines(path) for language, path in paths.items()}
+    counts = {str(paths[language]): len(lines) for language, lines in texts.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{path} has {count}" for path, count in counts.items())
+        raise ValueError(f"expected aligned files with equally many lines, found {found}")
+    full = [all(line.strip() for line in row) for row in zip(*texts.values())]
+    if not any(full):
+        raise ValueError(f"{' and '.join(counts)}: expected aligned text, found only blank lines")
+    return {language: list(itertools.compress(lines, full)) for language, lines in texts.items()}
+
+
+# Batches.
+
+def pad(sequences, value=PAD, multiple=1):
+    """Return (N, longest) int64: sequences filled up with value, to a multiple of so many ids."""
+    longest = max(map(len, sequences))
+    width = -(-longest // multiple) * multiple
+    return torch.tensor([ids + [value] * (width - len(ids)) for ids in sequences])
+
+
+def collate(examples, multiple=1):
+    """Return (input_ids (B, S), mask (B, S), labels (B, T)) of (source ids, target ids) pairs.
+
+    mask is True at real tokens; labels are −100 at padding, where there is no loss.
+    """
+    sources, targets = zip(*examples)
+    input_ids = pad(sources, PAD, multiple)
+    return input_ids, input_ids != PAD, pad(targets, IGNORE, multiple)
+
+
+def batches(draw, batch_size, seed, start=0, multiple=1):
+    """Yield batches for ever, from number start on; batch k depends on seed and k alone.
+
+    draw(group, count) returns count examples; a group of eight batches is sorted by length, so
+    that a batch has little padding, and its batches are shuffled.
+    """
+    size = 8
+    for group in itertools.count(start // size):
+        examples = sorted(draw(group, size * batch_size), key=lambda pair: len(pair[0]))
+        order = np.random.default_rng([seed, group]).permutation(size)
+        skip = start % size if group == start // size else 0
+        for k in order[skip:]:
+            yield collate(examples[k * batch_size:(k + 1) * batch_size], multiple)
+
+
+def epochs(pairs, encode, seed):
+    """Return a draw function for `batches`: passes over all pairs, each in a new order."""
+    @functools.lru_cache(maxsize=2)
+    def order(epoch):
+        return np.random.default_rng([seed, epoch, 1]).permutation(len(pairs))
+
+    def draw(group, count):
+        places = range(group * count, (group + 1) * count)
+        return [encode(*pairs[order(i // len(pairs))[i % len(pairs)]]) for i in places]
+    return draw
+
+
+# Span corruption: mT5's pre-training task.
+
+def mask_spans(ids, spans, sentinels):
+    """Return (source, target): spans of ids stand in the target, sentinels in their place.
+
+    spans: ordered, disjoint (start, end). "a b c d e" with span (1, 3) gives
+    "a <extra_id_0> d e </s>" and "<extra_id_0> b c </s>".
+    """
+    source, target, position = [], [], 0
+    for (start, end), sentinel in zip(spans, sentinels, strict=False):
+        source += [*ids[position:start], sentinel]
+        target += [sentinel, *ids[start:end]]
+        position = end
+    return source + ids[position:] + [EOS], target + [EOS]
+
+
+def random_spans(length, rng, density=0.15, mean=3.0):
+    """Return spans that cover about density of length ids, mean ids each (T5, section 3.1.4)."""
+    masked = min(max(1, round(length * density)), length - 1)
+    count = max(1, min(round(masked / mean), length - masked))
+    kept, noise = (partition(total, count, rng) for total in (length - masked, masked))
+    ends = np.cumsum(kept + noise)
+    return list(zip((ends - noise).tolist(), ends.tolist()))
+
+
+def partition(total, parts, rng):
+    """Return (parts,) random positive lengths that sum to total."""
+    cuts = np.sort(rng.choice(total - 1, parts - 1, replace=False)) + 1
+    return np.diff(np.concatenate([[0], cuts, [total]]))
+
+
 # The toy world: stories from one small causal generator, told in each language of toy/*.ini.
 
 TOY = Path(__file__).parent / "toy"
@@ -142,10 +340,14 @@ def stories(split, count, seed=0):
     found = {}
     while len(found) < count:
         story = draw_story(rng)
-        key = json.dumps(story)
-        if SPLITS[zlib.crc32(key.encode()) % len(SPLITS)] == split:
-            found[key] = story
+        if split_of(story) == split:
+            found[json.dumps(story)] = story
     return list(found.values())
+
+
+def split_of(story):
+    """Return the split, one of SPLITS, that a story belongs to."""
+    return SPLITS[zlib.crc32(json.dumps(story).encode()) % len(SPLITS)]
 
 
 def draw_story(rng):
@@ -180,3 +382,23 @@ def toy_pair(story, language, task):
     if task == "completion":
         return opening, told["ending"]
     return f"{opening} {told['ending']}", told[task]
+
+
+def page(rng, languages, bilingual=0.3):
+    """Return one pre-training document of the toy world, a list of sentences.
+
+    A story with its title and summary in one language; or, with probability bilingual, three of
+    its sentences, each followed by its translation. Web pages are such by accident, ours on purpose.
+    rng: a numpy generator.
+    """
+    story = next(s for s in iter(lambda: draw_story(random.Random(int(rng.integers(2**62)))), None)
+                 if split_of(s) == "pretrain")
+    if rng.random() >= bilingual:
+        return document(story, rng.choice(languages))
+    sides = [document(story, language) for language in rng.choice(languages, 2, replace=False)]
+    return [side[i] for i in sorted(rng.choice(6, 3, replace=False)) for side in sides]
+
+
+def document(story, language):
+    told = tell(story, language)
+    return [told["title"] + ".", *told["sentences"], told["ending"], told["summary"] + "."]
