@@ -1,0 +1,450 @@
+"""The two metrics, ROUGE-L and the language of an output, and a tool that applies them to files.
+
+Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages, G n-grams.
+"""
+
+import argparse
+import json
+import re
+import sys
+import unicodedata
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+from xlrs import pool
+
+LID = Path(__file__).parent / "toy" / "lid.bin"
+
+# ROUGE-L ------------------------------------------------------------------------------------------
+
+TOKENS = ("NFKC, lower case, Unicode words with their combining marks; single characters in "
+          "scripts without spaces (Han, kana, Thai, Lao, Tibetan, Khmer, Myanmar)")
+MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
+NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff"
+             "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff"
+             "\U00020000-\U0003ffff")
+# One character with its marks, or a run of word characters; the lookahead drops punctuation.
+TOKEN = re.compile(rf"(?=[^\W_])[{NO_SPACES}][{MARKS}]*|(?:[^\W_{NO_SPACES}]|[{MARKS}])+")
+JOINERS = dict.fromkeys([0xAD, 0x200C, 0x200D])  # invisible: they shape or hyphenate a word
+
+
+def tokens(text):
+    """Return the tokens of text that ROUGE-L compares, a list of str; see TOKENS."""
+    if text.isascii():  # the same, only faster
+        return re.findall("[a-z0-9]+", text.lower())
+    return TOKEN.findall(unicodedata.normalize("NFKC", text).translate(JOINERS).lower())
+
+
+def rouge_l(predictions, references):
+    """Return the F1 of each pair's longest common subsequence of tokens, (N,) float, in [0, 1].
+
+    0 where either side has no token. On ASCII text equal to rouge_score 0.1.2 without stemming.
+    Source: Lin, "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, section 3, β = 1.
+    Raises ValueError where the lists differ in length.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"expected as many references as predictions, found {len(references)} "
+                         f"and {len(predictions)}")
+    numbers = {}  # token -> number from 1; 0 and -1 are padding
+    pairs = [sorted(([numbers.setdefault(t, len(numbers) + 1) for t in tokens(text)]
+                     for text in pair), key=len) for pair in zip(predictions, references)]
+    scores = torch.zeros(len(pairs))
+    order = sorted((i for i, (short, _) in enumerate(pairs) if short),
+                   key=lambda i: (len(pairs[i][1]), len(pairs[i][0])))
+    while order:  # longest first, in batches whose row of the table stays small
+        batch = order[-max(1, 2**15 // len(pairs[order[-1]][1])):]
+        del order[-len(batch):]
+        lengths = torch.tensor([len(pairs[i][0]) + len(pairs[i][1]) for i in batch])
+        scores[batch] = 2 * lcs([pairs[i] for i in batch]) / lengths
+    return scores
+
+
+def lcs(pairs):
+    """Return the length of each pair's longest common subsequence, (B,) int64.
+
+    The textbook recurrence, one row of the table for the whole batch at a time:
+        table[p, r] = table[p-1, r-1] + 1 where the tokens agree, else the larger neighbour
+    The larger left neighbour is a running maximum, since a row never falls.
+    """
+    a, b = (torch.nn.utils.rnn.pad_sequence([torch.tensor(pair[side]) for pair in pairs],
+                                            batch_first=True, padding_value=-side)
+            for side in (0, 1))  # (B, P), (B, R)
+    row = torch.zeros(len(pairs), b.shape[1] + 1, dtype=torch.int32)
+    for p in range(a.shape[1]):
+        longer = row[:, :-1] + (a[:, p:p + 1] == b)
+        row[:, 1:] = torch.maximum(row[:, 1:], longer).cummax(dim=1).values
+    return row[:, -1].long()
+
+
+# Language identifier ------------------------------------------------------------------------------
+
+# NTREX's codes and ISO 639-1 (639-3 where there is none); a regional variant joins its language.
+LANGUAGES = dict(entry.split(":") for entry in """
+    afr:af amh:am arb:ar aze:az bak:ba bel:be bem:bem ben:bn bod:bo bos:bs bul:bg cat:ca ces:cs
+    ckb:ckb cym:cy dan:da deu:de div:dv dzo:dz ell:el eng:en est:et eus:eu ewe:ee fao:fo fas:fa
+    fij:fj fil:tl fin:fi fra:fr fuc:ff gle:ga glg:gl gsw:gsw guj:gu hau:ha heb:he hin:hi hmn:hmn
+    hrv:hr hun:hu hye:hy ibo:ig ind:id isl:is ita:it jpn:ja kan:kn kat:ka kaz:kk khm:km kin:rw
+    kir:ky kmr:ku kor:ko lao:lo lav:lv lit:lt ltz:lb mal:ml mar:mr mey:mey mkd:mk mlg:mg mlt:mt
+    mon:mn mri:mi msa:ms mya:my nde:nd nep:ne nld:nl nno:nn nob:nb nso:nso nya:ny orm:om pan:pa
+    pol:pl por:pt prs:fa pus:ps ron:ro rus:ru shi:shi sin:si slk:sk slv:sl smo:sm sna:sn snd:sd
+    som:so spa:es sqi:sq srp:sr ssw:ss swa:sw swe:sv tah:ty tam:ta tat:tt tel:te tgk:tg tha:th
+    tir:ti ton:to tsn:tn tuk:tk tur:tr uig:ug ukr:uk urd:ur uzb:uz ven:ve vie:vi wol:wo xho:xh
+    yor:yo yue:yue zho:zh zul:zu""".split())
+APART = ("srp-Latn", "zho-TW", "prs")  # variants whose writing differs: a row of their own
+SPACE = ord(" ")
+ORDERS = 5  # n-grams of 1 to 5 characters, and whole words
+ALPHA = (.5, .5, .2, .05, .03, .03)  # added to each count, by order; the last is for whole words
+BITS = 22  # n-grams are hashed into 2^22 buckets
+ROWS = 2**18  # buckets kept in the table: the most telling ones
+STEP = .25  # nats: the table's log-probabilities are rounded to this
+FOLD = np.full(0x110000, -1, dtype=np.int32)  # code point -> its letter in lower case; -1: unknown
+
+
+def fold(text):
+    """Return text's code points as int32, letters and marks in lower case, all else as a space."""
+    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    for point in np.unique(points[FOLD[points] < 0]):
+        letter = unicodedata.category(chr(point))[0] in "LM"
+        FOLD[point] = ord(chr(point).lower()[0]) if letter else SPACE
+    return FOLD[points]
+
+
+def ngrams(texts):
+    """Return the hashed n-grams of texts, by order: a list of (buckets (G,), text numbers (G,)).
+
+    Orders 1 to ORDERS over words with single spaces around them, then whole words. The hash of
+    characters u in a span is Σ u · M^(end - position) mod 2^64; running sums give every span.
+    """
+    texts = [f" {unicodedata.normalize('NFKC', text)} " for text in texts]
+    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
+    letters = fold("".join(texts))
+    space = letters == SPACE
+    keep = np.ones(len(letters), dtype=bool)
+    keep[1:] = ~(space[1:] & space[:-1] & (owner[1:] == owner[:-1]))  # one space for several
+    letters, owner, space = letters[keep], owner[keep], space[keep]
+
+    factor = 0x9E3779B97F4A7C15
+    power = np.cumprod(np.full(len(letters) + 1, factor, dtype=np.uint64))
+    inverse = np.cumprod(np.full(len(letters), pow(factor, -1, 2**64), dtype=np.uint64))
+    sums = np.zeros(len(letters) + 1, dtype=np.uint64)
+    np.cumsum(letters.astype(np.uint64) * inverse, out=sums[1:])
+
+    def buckets(start, end, order):
+        value = (sums[end] - sums[start]) * power[end] + np.uint64(order)
+        value = (value ^ (value >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
+        return (value >> np.uint64(64 - BITS)).astype(np.int64)
+
+    found = []
+    for order in range(1, ORDERS + 1):
+        start = np.arange(max(0, len(letters) - order + 1))
+        inside = owner[start] == owner[start + order - 1]
+        start = start[inside & ~space[start]] if order == 1 else start[inside]
+        found.append((buckets(start, start + order, order), owner[start]))
+    start = np.flatnonzero(space[:-1] & ~space[1:]) + 1
+    end = np.flatnonzero(~space[:-1] & space[1:]) + 1
+    found.append((buckets(start, end, ORDERS + 1), owner[start]))
+    return found
+
+
+class LanguageIdentifier:
+    """Names the language of a text: multinomial naive Bayes over hashed character n-grams.
+
+        score(text, l) = Σ over n-grams g of log((count(g, l) + α) / α)
+
+    which is log p(text | l) up to a constant, where counts are scaled to the same total in each
+    language, and every language is as likely beforehand. n-grams outside the table say nothing.
+    path: a table that `python eval.py --train-lid` wrote; raises ValueError where it is not.
+    """
+
+    def __init__(self, path=LID):
+        self.varieties, self.index, self.table = read_table(path)
+        self.languages = sorted(set(self.varieties))
+
+    def evidence(self, texts):
+        """Return the score of each text in each language, (N, L) float, nats above no evidence."""
+        rows, owners = [], []
+        for buckets, owner in ngrams(texts):
+            row = self.index[buckets]
+            rows.append(row[row > 0])
+            owners.append(owner[row > 0])
+        rows, owners = np.concatenate(rows), np.concatenate(owners)
+        order = np.argsort(owners, kind="stable")
+        offsets = np.searchsorted(owners[order], np.arange(len(texts)))
+        sums = F.embedding_bag(torch.from_numpy(rows[order].astype(np.int64)), self.table,
+                               torch.from_numpy(offsets), mode="sum")  # (N, varieties)
+        return torch.stack([sums[:, [v == name for v in self.varieties]].amax(dim=1)
+                            for name in self.languages], dim=1)
+
+    def choice(self, candidates):
+        """Return which languages may be answered, (L,) bool; raises ValueError for unknown ones."""
+        unknown = set(candidates or ()) - set(self.languages)
+        if unknown:
+            raise ValueError(f"the identifier does not know {', '.join(sorted(unknown))}; "
+                             f"it knows {' '.join(self.languages)}")
+        return torch.tensor([not candidates or name in candidates for name in self.languages])
+
+    def scores(self, texts, candidates=None):
+        """Return the log-probability of each language, (N, L) float, nats; rows sum to 1 as exp.
+
+        candidates: the only languages that may be answered; all others get -inf.
+        """
+        chosen = self.choice(candidates)
+        batches = [texts[i:i + 512] for i in range(0, len(texts), 512)]
+        found = [self.evidence(batch).masked_fill(~chosen, -torch.inf) for batch in batches]
+        return torch.cat(found or [torch.zeros(0, len(chosen))]).log_softmax(dim=1)
+
+    def predict(self, texts, candidates=None):
+        """Return the most probable language of each text; `und` where there is no letter."""
+        best = self.scores(texts, candidates).argmax(dim=1).tolist()
+        return [self.languages[i] if any(c.isalpha() for c in text) else "und"
+                for i, text in zip(best, texts)]
+
+    def mixed(self, texts, target, source):
+        """Return the share of each text's words that are the source's though not the target's.
+
+        (N,) float in [0, 1]. A capitalised word never counts: it may be a name.
+        """
+        self.choice([target, source])
+        words = [TOKEN.findall(unicodedata.normalize("NFKC", text)) for text in texts]
+        flat = [word for line in words for word in line]
+        if target == source or not flat:
+            return torch.zeros(len(texts))
+        evidence = torch.cat([self.evidence(flat[i:i + 4096]) for i in range(0, len(flat), 4096)])
+        gain = (evidence[:, self.languages.index(source)]
+                - evidence[:, self.languages.index(target)])
+        lower = torch.tensor([word == word.lower() for word in flat])
+        foreign = ((gain > 4) & lower).float().split([len(line) for line in words])
+        return torch.stack([line.mean() if len(line) else torch.tensor(0.) for line in foreign])
+
+
+def read_table(path):
+    """Return (language of each row of numbers (V), index (2^BITS,), table (rows, V)) of a file."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no language table; python eval.py --train-lid makes one")
+    head, _, body = path.read_bytes().partition(b"\n")
+    try:
+        head = json.loads(head)
+        body = zlib.decompress(body)
+        rows, cells = head["rows"], head["cells"]
+        if head["format"] != "xlrs lid 1" or len(body) != 3 * rows + 2 * cells:
+            raise ValueError
+    except (ValueError, KeyError, TypeError, zlib.error):
+        raise ValueError(f"{path}: expected a language table, found other or damaged bytes; "
+                         "python eval.py --train-lid makes one") from None
+    gaps = np.frombuffer(body, np.uint16, rows)
+    sizes = np.frombuffer(body, np.uint8, rows, 2 * rows)
+    variety, value = np.frombuffer(body, np.uint8, 2 * cells, 3 * rows).reshape(2, cells)
+    index = np.zeros(2**BITS, dtype=np.int32)
+    index[np.cumsum(gaps, dtype=np.int64)] = np.arange(1, rows + 1)
+    table = torch.zeros(rows + 1, len(head["languages"]))
+    table[torch.from_numpy(np.repeat(np.arange(1, rows + 1), sizes)),
+          torch.from_numpy(variety.astype(np.int64))] = torch.from_numpy(value * np.float32(STEP))
+    return head["languages"], index, table
+
+
+def train_lid(folder, out):
+    """Write the identifier's table to out from NTREX-128's files in folder; return its size.
+
+    Deterministic: the same files give the same bytes.
+    """
+    texts = read_ntrex(folder)
+    names = sorted(texts)
+    counts = [[] for _ in range(ORDERS + 1)]  # by order: (buckets, variety, counts)
+    for number, name in enumerate(tqdm(names, desc="languages", unit="")):
+        for order, (buckets, _) in enumerate(ngrams(texts[name])):
+            bucket, count = np.unique(buckets, return_counts=True)
+            counts[order].append((bucket, np.full(len(bucket), number), count))
+    cells = [telling(*map(np.concatenate, zip(*found)), alpha, len(names))
+             for found, alpha in zip(counts, ALPHA)]
+    bucket, variety, value, gain = map(np.concatenate, zip(*cells))
+    total = np.bincount(bucket, gain, 2**BITS)
+    keep = np.zeros(2**BITS, dtype=bool)
+    keep[np.argsort(-total, kind="stable")[:min(ROWS, (total > 0).sum())]] = True
+    data.write_file(out, pack([name.split("/")[0] for name in names], keep, bucket, variety, value))
+
+
+def telling(bucket, variety, count, alpha, varieties):
+    """Return (bucket, variety, log((count + α) / α), information) of one order's cells."""
+    total = np.bincount(variety, count, varieties)
+    scaled = count * (np.exp(np.log(total[total > 0]).mean()) / total)[variety]
+    mean = np.bincount(bucket, scaled, 2**BITS)[bucket] / varieties
+    often = np.bincount(bucket, count, 2**BITS)[bucket] > 1
+    gain = scaled * np.log((scaled + .3) / (mean + .3)) * often
+    return bucket, variety, np.log1p(scaled / alpha), gain
+
+
+def pack(languages, keep, bucket, variety, value):
+    """Return the table's bytes: a line of JSON, then rows and cells, compressed."""
+    kept = keep[bucket]
+    cell = np.unique(bucket[kept] * 256 + variety[kept])  # two orders may share a bucket
+    sums = np.zeros(len(cell))
+    np.add.at(sums, np.searchsorted(cell, bucket[kept] * 256 + variety[kept]), value[kept])
+    rows, sizes = np.unique(cell >> 8, return_counts=True)
+    body = b"".join([np.diff(rows, prepend=0).astype(np.uint16).tobytes(),
+                     sizes.astype(np.uint8).tobytes(), (cell & 255).astype(np.uint8).tobytes(),
+                     np.rint(sums / STEP).clip(1, 255).astype(np.uint8).tobytes()])
+    head = {"format": "xlrs lid 1", "rows": len(rows), "cells": len(cell), "languages": languages}
+    return json.dumps(head).encode() + b"\n" + zlib.compress(body, 9)
+
+
+def read_ntrex(folder):
+    """Return {variety: [sentences]} of NTREX-128's `newstest2019-*.CODE.txt`; names as in LANGUAGES."""
+    texts = {}
+    for path in sorted(Path(folder).glob("newstest2019-*.txt")):
+        code = path.name.split(".")[-2]
+        language = LANGUAGES.get(code.split("-")[0])
+        if language is None:
+            raise ValueError(f"{path}: no ISO 639 code is known for {code}; add it to LANGUAGES")
+        name = f"{language}/{code}" if code in APART else language
+        texts.setdefault(name, []).extend(read_lines(path))
+    if not texts:
+        raise FileNotFoundError(f"{folder}: expected NTREX-128's newstest2019-*.txt, found none")
+    return texts
+
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def score(outputs, references, language, source, identifier, candidates=None):
+    """Return the scores of a system's outputs in one language, a dict of plain numbers.
+
+    rougeL: mean F1, 0 to 100. wrong_language: % of outputs in another language than `language`;
+    an output without any letter is in no language and counts. source_language: % in the source
+    language. mixed: mean % of an output's words that are the source's. n: number of outputs.
+    language, source: ISO 639-1; source may be None or equal to language: then both rates are 0.
+    """
+    found = identifier.predict(outputs, candidates)
+    share = lambda hits: 100 * sum(hits) / max(1, len(outputs))
+    other = source is not None and source != language
+    return {"rougeL": 100 * float(rouge_l(outputs, references).mean()) if outputs else 0.,
+            "wrong_language": share(code != language for code in found),
+            "source_language": share(code == source for code in found) if other else 0.,
+            "mixed": share(identifier.mixed(outputs, language, source).tolist()) if other else 0.,
+            "n": len(outputs)}
+
+
+def table(rows, header):
+    """Print rows as an aligned table: text to the left, numbers with one decimal to the right."""
+    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row]
+             for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    number = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    for row in cells:
+        print("  ".join(c.rjust(w) if right else c.ljust(w)
+                        for c, w, right in zip(row, widths, number)).rstrip())
+
+
+# A model's outputs and its similarity -------------------------------------------------------------
+
+
+def pick_device(device=None, dtype=None):
+    """Return (device, dtype of the matrix products, why), as asked for or the best there is.
+
+    fp16 is not offered: mT5's activations exceed its range and the loss becomes NaN.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: this machine has no GPU that torch can use; leave it out")
+    if dtype:
+        return device, dtype, "as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return device, "bfloat16", "this GPU has bfloat16"
+    return device, "float32", "a CPU" if device.type == "cpu" else "this GPU has no bfloat16"
+
+
+def in_batches(texts, tokenizer, max_source, size=64):
+    """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded."""
+    ids = [data.cut(tokenizer.encode(text), max_source) for text in texts]
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for start in range(0, len(order), size):
+        places = order[start:start + size]
+        input_ids = data.pad([ids[i] for i in places])
+        yield places, input_ids, input_ids != data.PAD
+
+
+@torch.no_grad()
+def sentence_vectors(model, tokenizer, texts, max_source=512):
+    """Return the pooled encoder states of texts, (N, D) float32."""
+    device = next(model.parameters()).device
+    vectors = torch.zeros(len(texts), model.config.d_model)
+    for places, input_ids, mask in in_batches(texts, tokenizer, max_source):
+        mask = mask.to(device)
+        vectors[places] = pool(model.encode(input_ids.to(device), mask), mask).float().cpu()
+    return vectors
+
+
+def answer(model, tokenizer, texts, max_source=512, max_target=64, num_beams=1, name="answering"):
+    """Return the model's output for each text, a list of str."""
+    device = next(model.parameters()).device
+    outputs = [""] * len(texts)
+    with tqdm(total=len(texts), desc=name, unit="text", leave=False) as progress:
+        for places, input_ids, mask in in_batches(texts, tokenizer, max_source):
+            found = model.generate(input_ids.to(device), mask.to(device), max_target, num_beams)
+            for place, ids in zip(places, found.tolist()):
+                outputs[place] = tokenizer.decode(ids)
+            progress.update(len(places))
+    return outputs
+
+
+def read_lines(path):
+    """Return the lines of a UTF-8 text file; an end of file after a line break is no line."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = Path(path).read_bytes()[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: expected UTF-8 text, found other bytes") from None
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="ROUGE-L and language of a system's outputs.")
+    files = parser.add_argument_group("score files, one text a line")
+    files.add_argument("--hyp", metavar="FILE", help="the system's outputs")
+    files.add_argument("--ref", metavar="FILE", help="the references, aligned by line")
+    files.add_argument("--lang", help="their language, ISO 639-1")
+    files.add_argument("--source", default="en", help="the language fine-tuned on (default en)")
+    files.add_argument("--candidates", nargs="+", metavar="LANG",
+                       help="languages that the identifier may answer (default: all it knows)")
+    lid = parser.add_argument_group("language identifier")
+    lid.add_argument("--train-lid", nargs=2, metavar=("DIR", "OUT"),
+                     help="rebuild the table OUT from NTREX-128's files in DIR")
+    args = parser.parse_args(argv)
+    if not args.train_lid and not (args.hyp and args.ref and args.lang):
+        parser.error("expected --hyp FILE --ref FILE --lang LANG, or --train-lid DIR OUT")
+    return args
+
+
+def score_files(args):
+    outputs, references = read_lines(args.hyp), read_lines(args.ref)
+    if len(outputs) != len(references):
+        raise ValueError(f"expected as many lines in {args.ref} as in {args.hyp}, found "
+                         f"{len(references)} and {len(outputs)}")
+    scores = score(outputs, references, args.lang, args.source, LanguageIdentifier(),
+                   args.candidates)
+    table([[args.lang, *scores.values()]], ["language", *scores])
+    print(f"tokens of ROUGE-L: {TOKENS}")
+    print(json.dumps({args.lang: scores}))
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if args.train_lid:
+            train_lid(*args.train_lid)
+        else:
+            score_files(args)
+    except (ValueError, OSError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
