@@ -14,6 +14,7 @@ import random
 import re
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import sentencepiece
@@ -44,10 +45,13 @@ class Tokenizer:
         return self.pieces.encode(text) + [EOS]
 
     def decode(self, ids):
-        """Return the text of ids up to `</s>`, padding left out; sentinels are shown as text."""
+        """Return the text of ids up to `</s>`, padding left out; sentinels are shown as text.
+
+        Ids without a piece are left out too: mT5 has 12 more rows in its embedding than pieces.
+        """
         ids = [int(i) for i in ids]
         ids = ids[:ids.index(EOS)] if EOS in ids else ids
-        return self.pieces.decode([i for i in ids if i not in (PAD, EOS, IGNORE)])
+        return self.pieces.decode([i for i in ids if EOS < i < len(self)])
 
     def sentinels(self):
         """Return the ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the vocabulary has them.
@@ -62,6 +66,39 @@ class Tokenizer:
                 break
             ids.append(found[0])
         return ids
+
+    def needed(self, texts):
+        """Return the sorted ids that texts need, and those that any text may need.
+
+        The latter are single characters, bytes, special pieces and sentinels. All but the
+        characters have a score of 0, which no learnt piece has.
+        """
+        ids = {i for i in range(len(self))
+               if self.pieces.get_score(i) == 0 or len(self.pieces.id_to_piece(i)) == 1}
+        for text in texts:
+            ids.update(self.pieces.encode(text))
+        return sorted(ids)
+
+    def only(self, ids):
+        """Return a tokenizer with these pieces only, renumbered from 0 in the order they stand.
+
+        A text whose pieces are all kept is segmented as before: the scores stay. A model file is
+        a protobuf message, which is a row of fields: a key byte, a length, that many bytes. Key 10
+        is a piece, in the order of ids; what else there is (the normaliser) is copied.
+        """
+        ids, model, start, piece = set(ids), bytearray(), 0, 0
+        while start < len(self.model):
+            end, length, shift = start + 1, 0, 0
+            while True:  # the length: seven bits a byte, lowest first, the top bit for "more"
+                length |= (self.model[end] & 127) << shift
+                shift, end = shift + 7, end + 1
+                if self.model[end - 1] < 128:
+                    break
+            if self.model[start] != 10 or piece in ids:
+                model += self.model[start:end + length]
+            piece += self.model[start] == 10
+            start = end + length
+        return Tokenizer(model)
 
 
 def write_file(path, content):
@@ -203,6 +240,11 @@ def read_parallel(paths):
 
 # Batches.
 
+def cut(ids, longest):
+    """Return ids, the end cut off where there are more than longest; `</s>` stays the last."""
+    return ids if len(ids) <= longest else ids[:longest - 1] + [EOS]
+
+
 def pad(sequences, value=PAD, multiple=1):
     """Return (N, longest) int64: sequences filled up with value, to a multiple of so many ids."""
     longest = max(map(len, sequences))
@@ -218,6 +260,13 @@ def collate(examples, multiple=1):
     sources, targets = zip(*examples)
     input_ids = pad(sources, PAD, multiple)
     return input_ids, input_ids != PAD, pad(targets, IGNORE, multiple)
+
+
+def encode_pair(pair, tokenizer, args):
+    """Return (source ids, target ids) of a pair of texts, cut to the lengths of args."""
+    source, target = pair
+    return (cut(tokenizer.encode(source), args.max_source),
+            cut(tokenizer.encode(target), args.max_target))
 
 
 def batches(draw, batch_size, seed, start=0, multiple=1):
@@ -243,11 +292,37 @@ def epochs(pairs, encode, seed):
 
     def draw(group, count):
         places = range(group * count, (group + 1) * count)
-        return [encode(*pairs[order(i // len(pairs))[i % len(pairs)]]) for i in places]
+        return [encode(pairs[order(i // len(pairs))[i % len(pairs)]]) for i in places]
     return draw
 
 
 # Span corruption: mT5's pre-training task.
+
+def corruption(pages, tokenizer, seed, density=0.25, whole_sentences=0.4):
+    """Return a draw function for `batches`: pages with spans masked.
+
+    pages(rng) returns a page, a list of sentences. With probability whole_sentences one or two of
+    its sentences are masked, else random spans of density of its ids. Both numbers are ours: mT5
+    has 0.15 and no whole sentences; with them a small model learns more from each page.
+    """
+    sentinels = tokenizer.sentinels()
+
+    def example(rng):
+        sentences = [tokenizer.encode(sentence)[:-1] for sentence in pages(rng)]
+        ids = list(itertools.chain(*sentences))
+        if len(sentences) > 2 and rng.random() < whole_sentences:
+            ends = np.cumsum([len(sentence) for sentence in sentences])
+            masked = sorted(rng.choice(len(sentences), rng.choice([1, 1, 2]), replace=False))
+            spans = [(int(ends[i]) - len(sentences[i]), int(ends[i])) for i in masked]
+        else:
+            spans = random_spans(len(ids), rng, density)
+        return mask_spans(ids, spans, sentinels)
+
+    def draw(group, count):
+        rng = np.random.default_rng([seed, group])
+        return [example(rng) for _ in range(count)]
+    return draw
+
 
 def mask_spans(ids, spans, sentinels):
     """Return (source, target): spans of ids stand in the target, sentinels in their place.
@@ -384,21 +459,129 @@ def toy_pair(story, language, task):
     return f"{opening} {told['ending']}", told[task]
 
 
-def page(rng, languages, bilingual=0.3):
+def page(rng, languages, bilingual):
     """Return one pre-training document of the toy world, a list of sentences.
 
     A story with its title and summary in one language; or, with probability bilingual, three of
-    its sentences, each followed by its translation. Web pages are such by accident, ours on purpose.
-    rng: a numpy generator.
+    its sentences, each followed by its translation. The web has such pages by accident, we by
+    design (ours). rng: a numpy generator; languages: a list of toy languages.
     """
-    story = next(s for s in iter(lambda: draw_story(random.Random(int(rng.integers(2**62)))), None)
-                 if split_of(s) == "pretrain")
+    stream = random.Random(int(rng.integers(2**62)))
+    story = draw_story(stream)
+    while split_of(story) != "pretrain":
+        story = draw_story(stream)
     if rng.random() >= bilingual:
         return document(story, rng.choice(languages))
     sides = [document(story, language) for language in rng.choice(languages, 2, replace=False)]
-    return [side[i] for i in sorted(rng.choice(6, 3, replace=False)) for side in sides]
+    chosen = sorted(rng.choice(len(sides[0]), 3, replace=False))
+    return [side[i] for i in chosen for side in sides]
 
 
 def document(story, language):
     told = tell(story, language)
-    return [told["title"] + ".", *told["sentences"], told["ending"], told["summary"] + "."]
+    return [told["title"] + ".", *told["sentences"], told["ending"], told["summary"]]
+
+
+# The texts of a run, and its log.
+
+def read_log(folder):
+    """Return the rows of a run's log.jsonl, a list of dicts; a torn last line is left out."""
+    path = Path(folder) / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a run folder's log, found none")
+    lines = path.read_text(encoding="utf-8").split("\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise ValueError(f"{path}:{number}: expected a JSON object, found "
+                             f"{line[:40]!r}") from None
+    return rows
+
+def load_texts(args):
+    """Return the texts that a run's arguments name, from the toy world or from files.
+
+    source: the source language; train, dev, test: {language: [(source, target), …]}, in
+    pre-training train is {language: lines, or None for the toy world}; parallel: {language:
+    sentences}, aligned, the source first, to regularise on; held_out: likewise, to measure on.
+    """
+    fields = args.fields.split(",")
+    if len(fields) != 2 or not all(fields):
+        raise ValueError(f"--fields: expected SOURCE,TARGET, found {args.fields!r}")
+    train = dict(named(word) for word in args.train)
+    texts = SimpleNamespace(source=next(iter(train)), dev={}, test={}, parallel={}, held_out={})
+    if args.pretrain:
+        texts.train = {lang: read_lines(path) if path else None for lang, path in train.items()}
+    else:
+        texts.train = task_pairs(args.train, args, "train", 4000, args.seed)
+        texts.dev = task_pairs(args.dev, args, "dev", args.eval_size)
+        texts.test = task_pairs(args.test, args, "test", args.test_size)
+    if args.parallel:
+        texts.parallel, texts.held_out = parallel_texts(args)
+    return texts
+
+
+def named(word):
+    """Return (language, path) of LANG=FILE, (language, None) of LANG alone."""
+    language, equals, path = word.partition("=")
+    if not language or (equals and not path):
+        raise ValueError(f"expected LANG or LANG=FILE, found {word!r}")
+    if not equals:
+        world(language)  # raises ValueError where the toy world lacks it
+    return language, path or None
+
+
+def task_pairs(words, args, split, count, seed=0):
+    """Return {language: [(source, target), …]}; count stories of the toy world, files whole."""
+    pairs = {}
+    for language, path in map(named, words or ()):
+        if path:
+            pairs[language] = read_pairs(path, args.fields.split(","))
+        else:
+            pairs[language] = [toy_pair(story, language, args.task)
+                               for story in stories(split, count, seed)]
+    return pairs
+
+
+def parallel_texts(args):
+    """Return (to regularise on, to measure on), each {language: sentences} and aligned."""
+    paths = dict(named(word) for word in args.parallel)
+    if len(paths) < 2:
+        raise ValueError(f"--parallel: expected at least two languages, found {' '.join(paths)}")
+    if len(set(map(bool, paths.values()))) > 1:
+        raise ValueError("--parallel: expected toy languages or files, found both")
+    if None in paths.values():
+        told = stories("parallel", 300 + args.eval_size)
+        lines = {lang: [toy_pair(story, lang, args.task)[0] for story in told] for lang in paths}
+    else:
+        lines = read_parallel(paths)
+    total = len(next(iter(lines.values())))
+    if total < 2:
+        raise ValueError("--parallel: expected at least 2 aligned lines, found 1")
+    held = min(args.eval_size, total // 2)
+    return ({lang: side[held:] for lang, side in lines.items()},
+            {lang: side[:held] for lang, side in lines.items()})
+
+
+def parallel_batches(parallel, tokenizer, args, start=0):
+    """Yield (input_ids (L * B, S), mask) for ever from number start on, language by language."""
+    lines = len(next(iter(parallel.values())))
+    for step in itertools.count(start):
+        chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
+        ids = [cut(tokenizer.encode(side[i]), args.max_source)
+               for side in parallel.values() for i in chosen]
+        input_ids = pad(ids)
+        yield input_ids, input_ids != PAD
+
+
+def pages(train, bilingual):
+    """Return the function from a numpy generator to a page that `corruption` asks for."""
+    languages = list(train)
+    if None in train.values():
+        return lambda rng: page(rng, languages, bilingual)
+
+    def line(rng):
+        lines = train[rng.choice(languages)]
+        return [lines[rng.integers(len(lines))]]
+    return line

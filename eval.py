@@ -4,6 +4,7 @@ Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages,
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -391,6 +392,51 @@ def answer(model, tokenizer, texts, max_source=512, max_target=64, num_beams=1, 
                 outputs[place] = tokenizer.decode(ids)
             progress.update(len(places))
     return outputs
+
+
+@torch.no_grad()
+def mean_loss(model, examples, size=64):
+    """Return the mean cross-entropy, nats a token, of (source ids, target ids) examples."""
+    device = next(model.parameters()).device
+    total = count = 0
+    for start in range(0, len(examples), size):
+        input_ids, mask, labels = (x.to(device) for x in data.collate(examples[start:start + size]))
+        real = (labels != data.IGNORE).sum().item()
+        total += model(input_ids, mask, labels).item() * real
+        count += real
+    return total / count
+
+
+def retrieval(source, other):
+    """Return the share of sentences whose translation is nearest, in [0, 1].
+
+    source, other (N, D): vectors of N parallel sentences, each side centred first: without its
+    mean, which is its language's. At most the first 64 count, so that chance is 1.6 %.
+    """
+    source, other = (F.normalize(side[:64] - side[:64].mean(0), dim=-1) for side in (source, other))
+    nearest = (source @ other.T).argmax(dim=1)
+    return (nearest == torch.arange(len(source))).float().mean().item()
+
+
+def score_tests(model, tokenizer, tests, texts, args):
+    """Return ({language: scores}, {language: outputs}) of tests, {language: pairs}.
+
+    texts, args: the run's. The identifier chooses among the languages of the run.
+    """
+    candidates = sorted({*texts.train, *texts.test, *texts.parallel})
+    scores, outputs = {}, {}
+    for language, pairs in tests.items():
+        sources, references = zip(*pairs)
+        outputs[language] = answer(model, tokenizer, sources, args.max_source, args.max_target,
+                                   name=f"answering in {language}")
+        scores[language] = score(outputs[language], references, language, texts.source,
+                                 identifier(), candidates)
+    return scores, outputs
+
+
+@functools.cache
+def identifier():
+    return LanguageIdentifier()
 
 
 def read_lines(path):
