@@ -532,6 +532,12 @@ def named(word):
     return language, path or None
 
 
+def languages(args):
+    """Return the languages that a run's arguments name, the source first."""
+    words = [*args.train, *(args.test or ()), *(args.parallel or ())]
+    return list(dict.fromkeys(word.partition("=")[0] for word in words))
+
+
 def task_pairs(words, args, split, count, seed=0):
     """Return {language: [(source, target), …]}; count stories of the toy world, files whole."""
     pairs = {}

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from xlrs import pool
+from model import load
+from xlrs import choose, pool
 
 LID = Path(__file__).parent / "toy" / "lid.bin"
 
@@ -304,7 +305,7 @@ def read_ntrex(folder):
         if language is None:
             raise ValueError(f"{path}: no ISO 639 code is known for {code}; add it to LANGUAGES")
         name = f"{language}/{code}" if code in APART else language
-        texts.setdefault(name, []).extend(read_lines(path))
+        texts.setdefault(name, []).extend(data.read_lines(path))
     if not texts:
         raise FileNotFoundError(f"{folder}: expected NTREX-128's newstest2019-*.txt, found none")
     return texts
@@ -418,18 +419,18 @@ def retrieval(source, other):
     return (nearest == torch.arange(len(source))).float().mean().item()
 
 
-def score_tests(model, tokenizer, tests, texts, args):
+def score_tests(model, tokenizer, tests, args):
     """Return ({language: scores}, {language: outputs}) of tests, {language: pairs}.
 
-    texts, args: the run's. The identifier chooses among the languages of the run.
+    args: a run's. The identifier chooses among the languages that they name, source first.
     """
-    candidates = sorted({*texts.train, *texts.test, *texts.parallel})
+    candidates = data.languages(args)
     scores, outputs = {}, {}
     for language, pairs in tests.items():
         sources, references = zip(*pairs)
         outputs[language] = answer(model, tokenizer, sources, args.max_source, args.max_target,
-                                   name=f"answering in {language}")
-        scores[language] = score(outputs[language], references, language, texts.source,
+                                   args.num_beams, f"answering in {language}")
+        scores[language] = score(outputs[language], references, language, candidates[0],
                                  identifier(), candidates)
     return scores, outputs
 
@@ -439,15 +440,92 @@ def identifier():
     return LanguageIdentifier()
 
 
-def read_lines(path):
-    """Return the lines of a UTF-8 text file; an end of file after a line break is no line."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = Path(path).read_bytes()[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}:{line}: expected UTF-8 text, found other bytes") from None
-    lines = text.replace("\r\n", "\n").split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
+# A run ---------------------------------------------------------------------------------------------
+
+
+def read_run(folder):
+    """Return (arguments, evaluation rows) of a run folder."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py")
+    rows = [row for row in data.read_log(folder) if row["kind"] == "eval"]
+    return argparse.Namespace(**json.loads(path.read_text())["arguments"]), rows
+
+
+def mean(values):
+    """Return the mean of values, NaN of none."""
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
+
+
+def choose_checkpoint(folder, by=None):
+    """Return the evaluation row that the rule picks, and write its step to selected.json.
+
+    by: "xlrs" (the default where the run measured it) or "dev", as in xlrs.choose.
+    """
+    _, rows = read_run(folder)
+    by = by or ("xlrs" if rows and "xlrs" in rows[0] else "dev")
+    trained = [row for row in rows if row["step"] > 0]  # the base is not on offer
+    known = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
+              "dev": -row.get("dev_loss", float("nan"))} for row in trained]
+    chosen = trained[known.index(choose(known, by))]
+    data.write_file(Path(folder) / "selected.json",
+                    json.dumps({"step": chosen["step"], "by": by,
+                                "xlrs": chosen.get("xlrs"), "dev_loss": chosen.get("dev_loss")},
+                               indent=1) + "\n")
+    return chosen
+
+
+def score_run(folder, device, autocast):
+    """Score a run's chosen checkpoint and its base on the test set; print, and write both files.
+
+    scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}}; outputs.jsonl: a test
+    text a line.
+    """
+    folder = Path(folder)
+    args, rows = read_run(folder)
+    tests = data.task_pairs(args.test, args, "test", args.test_size)
+    if not tests:
+        raise ValueError(f"{folder}: no test data; name some with --test")
+    if not (folder / "selected.json").is_file():
+        choose_checkpoint(folder)
+    step = json.loads((folder / "selected.json").read_text())["step"]
+    scores, outputs = {}, {}
+    for at in (0, step):
+        model, tokenizer = load(folder / f"step_{at:06d}.pt")
+        with autocast:
+            scores[at], outputs[at] = score_tests(model.to(device), tokenizer, tests, args)
+    xlrs = {row["step"]: row.get("xlrs", {}) for row in rows}
+    data.write_file(folder / "scores.json", json.dumps(
+        {"task": args.task, "step": step, "xlrs": xlrs[step], "scores": scores[step]},
+        indent=1) + "\n")
+    data.write_file(folder / "outputs.jsonl", "".join(json.dumps(
+        {"language": lang, "source": source, "reference": reference, "output": output},
+        ensure_ascii=False) + "\n" for lang, pairs in tests.items()
+        for (source, reference), output in zip(pairs, outputs[step][lang])))
+    print_run(args, step, scores, xlrs, tests, outputs)
+
+
+def print_run(args, step, scores, xlrs, tests, outputs):
+    """Print the scores of the base (step 0) and of the chosen step, and one text of each kind."""
+    source = data.languages(args)[0]
+    kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": f"{source} %"}
+    rows = [[lang, *(scores[at][lang][kind] for kind in kinds for at in (0, step)),
+             *(f"{xlrs[at][lang]:.2f}" if lang in xlrs[at] else "" for at in (0, step))]
+            for lang in tests]
+    targets = [row for row in rows if row[0] != source]
+    if targets:
+        rows.append([f"mean but {source}", *(mean(column) for column in list(zip(*targets))[1:7]),
+                     *(f"{mean(xlrs[at].values()):.2f}" for at in (0, step))])
+    print(f"\n{args.task}: base -> step {step}, {len(next(iter(tests.values())))} texts a language")
+    table(rows, ["language", *(f"{mark}{name}" for name in [*kinds.values(), "XLRS"]
+                               for mark in ("", "-> "))])
+    for lang in [lang for lang in tests if lang != source][:2] + [source]:
+        text, reference = tests[lang][0]
+        print(f"\n{lang}  text       {text}\n    reference  {reference}\n"
+              f"    base       {outputs[0][lang][0]}\n    step {step:<5} {outputs[step][lang][0]}")
+    print(f"\nROUGE-L, 0 to 100, over tokens: {TOKENS}.")
+    print(f"wrong %: outputs not identified as the language of their row; {source} %: as {source}.")
 
 
 def parse_args(argv=None):
@@ -469,7 +547,7 @@ def parse_args(argv=None):
 
 
 def score_files(args):
-    outputs, references = read_lines(args.hyp), read_lines(args.ref)
+    outputs, references = data.read_lines(args.hyp), data.read_lines(args.ref)
     if len(outputs) != len(references):
         raise ValueError(f"expected as many lines in {args.ref} as in {args.hyp}, found "
                          f"{len(references)} and {len(outputs)}")

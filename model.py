@@ -11,9 +11,15 @@ Shapes: B sentences, S source tokens, T target tokens, D width, H heads, K width
 V vocabulary. A mask is True at real tokens.
 """
 
+import argparse
+import json
 import math
+import mmap
 import pickle
-from dataclasses import asdict, dataclass
+import re
+import sys
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -135,8 +141,8 @@ class MT5(nn.Module):
     def loss(self, states, mask, labels):
         """Return the same from encoder states (B, S, D) that are already at hand."""
         real = labels != IGNORE
-        hidden = self.decode(states, mask, labels)[real]  # (real labels, D): no scores for padding
-        return F.cross_entropy(self.head(hidden).float(), labels[real])
+        hidden = self.decode(states, mask, labels)[real]  # (real labels, D)
+        return HeadLoss.apply(hidden, self.head.weight, labels[real])
 
     @torch.no_grad()
     def generate(self, input_ids, mask, max_new_tokens, num_beams=1):
@@ -146,7 +152,9 @@ class MT5(nn.Module):
         """
         assert not self.training, "generate() would drop out: call model.eval() first"
         states = self.encode(input_ids, mask)
-        return greedy(self, states, mask, max_new_tokens)
+        if num_beams == 1:
+            return greedy(self, states, mask, max_new_tokens)
+        return beam_search(self, states, mask, max_new_tokens, num_beams)
 
 
 class Encoder(nn.Module):
@@ -157,7 +165,7 @@ class Encoder(nn.Module):
         self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.norm = Norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.max_distance = config.relative_attention_max_distance
 
     def forward(self, x, mask):
@@ -182,7 +190,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.norm = Norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
         self.max_distance = config.relative_attention_max_distance
 
     def causal_bias(self, length):
@@ -203,12 +211,6 @@ class Decoder(nn.Module):
             x = layer(x, bias, layer.cross.keys_values(states), source_bias)
         return self.dropout(self.norm(x))
 
-    def step(self, x, bias, self_cache, cross_cache, source_bias, t):
-        """Return final states (N, 1, D) of the embeddings x (N, 1, D) at position t."""
-        for layer, own, cross in zip(self.layers, self_cache, cross_cache):
-            x = layer(x, bias, cross, source_bias, own, t)
-        return self.norm(x)
-
 
 class EncoderLayer(nn.Module):
     def __init__(self, config):
@@ -217,7 +219,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm = Norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = Norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, bias):
         x = x + self.dropout(self.attention(self.attention_norm(x), bias))
@@ -233,10 +235,13 @@ class DecoderLayer(nn.Module):
         self.cross_norm = Norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = Norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x, bias, source, source_bias, cache=None, t=None):
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias, cache, t))
+        """Return (B, T, D); or with a cache (B, N, D), the token at position t of N beams."""
+        own = self.attention_norm(x)
+        own = self.attention(own, bias) if cache is None else self.attention.step(own, bias, cache, t)
+        x = x + self.dropout(own)
         x = x + self.dropout(self.cross(self.cross_norm(x), source, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -247,7 +252,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads, self.dropout_rate = config.num_heads, config.dropout_rate
+        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
@@ -256,32 +261,37 @@ class SelfAttention(nn.Module):
     def forward(self, x, bias):
         """Return (B, S, D) from x (B, S, D) and bias (B, H, S, S)."""
         q, k, v = (split(project(x), self.heads) for project in (self.q, self.k, self.v))
-        return self.o(attend(q, k, v, bias, self.dropout_rate if self.training else 0.0))
+        return self.o(attend(q, k, v, bias, self.dropout))
 
 
 class CausalSelfAttention(nn.Module):
-    """Every target token looks at itself and those before it, in generation through a cache."""
+    """Every target token looks at itself and those before it."""
 
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads, self.dropout_rate = config.num_heads, config.dropout_rate
+        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
-    def forward(self, x, bias, cache=None, t=None):
-        """Return (B, T, D) from x (B, T, D) and bias (1, H, T, T).
-
-        With cache (2, B, H, longest T, K), x (B, 1, D) is the token at position t and
-        bias (1, H, 1, t + 1): its key and value join the cache, and it sees all up to itself.
-        """
+    def forward(self, x, bias):
+        """Return (B, T, D) from x (B, T, D) and bias (1, H, T, T)."""
         q, k, v = (split(project(x), self.heads) for project in (self.q, self.k, self.v))
-        if cache is not None:
-            cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-            k, v = cache[:, :, :, :t + 1]
-        return self.o(attend(q, k, v, bias, self.dropout_rate if self.training else 0.0))
+        return self.o(attend(q, k, v, bias, self.dropout))
+
+    def step(self, x, bias, cache, t):
+        """Return (B, N, D) for the tokens at position t of N beams, x (B, N, D).
+
+        Their keys and values join cache (2, B * N, H, longest T, K), through which they see all
+        that came before; bias (1, H, 1, t + 1).
+        """
+        rows = x.flatten(0, 1)[:, None]  # (B * N, 1, D)
+        q, k, v = (split(project(rows), self.heads) for project in (self.q, self.k, self.v))
+        cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
+        keys, values = cache[:, :, :, :t + 1]
+        return self.o(attend(q, keys, values, bias, self.dropout)).view_as(x)
 
 
 class CrossAttention(nn.Module):
@@ -290,7 +300,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.heads, self.dropout_rate = config.num_heads, config.dropout_rate
+        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
@@ -303,7 +313,7 @@ class CrossAttention(nn.Module):
     def forward(self, x, source, bias):
         """Return (B, T, D) from x (B, T, D), source = keys_values(states), bias (B, 1, 1, S)."""
         q = split(self.q(x), self.heads)
-        return self.o(attend(q, *source, bias, self.dropout_rate if self.training else 0.0))
+        return self.o(attend(q, *source, bias, self.dropout))
 
 
 def split(x, heads):
@@ -314,10 +324,14 @@ def split(x, heads):
 def attend(q, k, v, bias, dropout):
     """Return softmax(q kᵀ + bias) v, heads joined, (B, T, H * K). Not divided by √K: this is T5.
 
-    q (B, H, T, K); k, v (B, H, S, K); bias broadcasts to (B, H, T, S).
+    q (B, H, T, K); k, v (B, H, S, K); bias broadcasts to (B, H, T, S). torch's fused function is
+    the faster one on a GPU, and on a CPU where the bias needs no gradient.
     """
-    bias = bias.to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=1.0)
+    if q.is_cuda or not torch.is_grad_enabled():
+        rate = dropout.rate if dropout.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=rate, scale=1.0)
+    else:
+        out = dropout((q @ k.mT + bias).softmax(dim=-1)).to(v.dtype) @ v
     return out.transpose(1, 2).flatten(2)
 
 
@@ -329,7 +343,7 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = nn.Dropout(config.dropout_rate)
+        self.dropout = Dropout(config.dropout_rate)
 
     def forward(self, x):
         return self.down(self.dropout(F.gelu(self.gate(x), approximate="tanh") * self.up(x)))
@@ -345,6 +359,28 @@ class Norm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Sets a share of the elements to zero, rate of them on average, and scales the others up.
+
+    On a CPU torch draws a number in [0, 1) for each element, a quarter of the time of a training
+    step of a small model. Sixteen random bits are enough, and an integer of 64 serves four.
+    """
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or not self.rate:
+            return x
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return F.dropout(x, self.rate)
+        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
+        bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
+        kept = bits >= round(self.rate * 2**16) - 2**15
+        return x * kept.to(x.dtype).mul_(1 / (1 - self.rate))
 
 
 def position_bias(table, length, max_distance, bidirectional):
@@ -383,55 +419,538 @@ def hide(bias, visible):
     return torch.where(visible, bias, torch.finfo(bias.dtype).min)
 
 
-def greedy(model, states, mask, max_new_tokens):
-    """Return the ids (B, T) of the best token at each step; sentences leave once they end."""
-    decoder, config = model.decoder, model.config
-    rows = torch.arange(len(states), device=states.device)  # the sentences still unfinished
-    ids = torch.full((len(rows), max_new_tokens), PAD, device=states.device)
-    source = [layer.cross.keys_values(states) for layer in decoder.layers]
-    source_bias = hide(states.new_zeros(()), mask[:, None, None, :])
-    bias = decoder.causal_bias(max_new_tokens)
-    cache = source[0][0].new_empty(len(decoder.layers), 2, len(rows), config.num_heads,
-                                   max_new_tokens, config.d_kv)
-    token = torch.full((len(rows),), PAD, device=states.device)
-    for t in range(max_new_tokens):
-        x = decoder.step(model.embedding(token)[:, None], bias[:, :, t:t + 1, :t + 1], cache,
-                         source, source_bias, t)
-        token = model.head(x[:, 0]).argmax(dim=-1)
-        ids[rows, t] = token
-        going = token != EOS
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of the scores hidden @ weightᵀ, without ever holding all of them.
+
+    The scores of 1,024 tokens over 250,112 pieces take 1 GB, and autograd keeps three such
+    tensors. Here a few rows at a time become scores, loss and, in place, their gradient
+    softmax(scores) - onehot(target), and are gone: on a CPU twice as fast as well.
+    (torch.nn.functional.linear_cross_entropy has the same aim; on a CPU it was slower than both.)
+    """
+
+    SCORES = {"cpu": 2**24, "cuda": 2**28}  # held at a time: 64 MB (it fits a cache), 1 GB
+
+    @staticmethod
+    def forward(ctx, hidden, weight, target):
+        """Return the loss in nats a token; hidden (N, D), weight (V, D), target (N,) int64."""
+        rows = max(1, HeadLoss.SCORES.get(hidden.device.type, 2**26) // len(weight))
+        loss = torch.zeros((), device=hidden.device)
+        hidden_grad, weight_grad = torch.empty_like(hidden), None
+        for i in range(0, len(hidden), rows):
+            part, label = hidden[i:i + rows], target[i:i + rows, None]
+            scores = F.linear(part, weight)  # (rows, V), in autocast's precision
+            low = scores.dtype
+            scores = scores.float()
+            top = scores.amax(dim=1, keepdim=True)
+            loss += (top - scores.gather(1, label)).sum()
+            scores = scores.sub_(top).exp_()
+            total = scores.sum(dim=1, keepdim=True)
+            loss += total.log().sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            slope = scores.div_(total).scatter_add_(1, label, -torch.ones_like(total)).to(low)
+            hidden_grad[i:i + rows] = slope @ weight
+            grad = slope.mT @ part
+            weight_grad = grad.to(weight.dtype) if weight_grad is None else weight_grad.add_(grad)
+        ctx.save_for_backward(hidden_grad / len(hidden), weight_grad)
+        return loss / len(hidden)
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        return hidden_grad * grad, weight_grad * grad, None
+
+
+class Memory:
+    """What the decoder remembers from token to token, for N beams of each of B sentences.
+
+    Keys and values of the source are computed once and shared by a sentence's beams; those of the
+    target stand in caches that have their full length from the start.
+    """
+
+    def __init__(self, model, states, mask, num_beams, length):
+        self.model, self.t = model, 0
+        self.bias = model.decoder.causal_bias(length)
+        self.source_bias = hide(states.new_zeros(()), mask[:, None, None, :])  # (B, 1, 1, S)
+        self.source = torch.stack([torch.stack(layer.cross.keys_values(states))
+                                   for layer in model.decoder.layers])  # (layers, 2, B, H, S, K)
+        layers, _, sentences, heads, _, width = self.source.shape
+        self.cache = self.source.new_empty(layers, 2, sentences * num_beams, heads, length, width)
+
+    def step(self, tokens):
+        """Return the scores of what follows tokens, (B, N, V) from (B, N): one step on."""
+        x = self.model.embedding(tokens)
+        bias = self.bias[:, :, self.t:self.t + 1, :self.t + 1]
+        for layer, source, cache in zip(self.model.decoder.layers, self.source, self.cache):
+            x = layer(x, bias, source, self.source_bias, cache, self.t)
+        self.t += 1
+        return self.model.head(self.model.decoder.norm(x))
+
+    def follow(self, parents, going):
+        """Let row r of the caches go on from row parents[r]; sentences leave where going is False.
+
+        Only rows that move are copied, and only as far as they are filled.
+        """
         if not going.all():
-            if not going.any():
-                return ids[:, :t + 1]
-            rows, token, cache = rows[going], token[going], cache[:, :, going]
-            source = [(k[going], v[going]) for k, v in source]
-            source_bias = source_bias[going]
+            self.source, self.source_bias = self.source[:, :, going], self.source_bias[going]
+        moved = (parents != torch.arange(len(parents), device=parents.device)).nonzero()[:, 0]
+        self.cache[:, :, moved, :, :self.t] = self.cache[:, :, parents[moved], :, :self.t]
+        self.cache = self.cache[:, :, :len(parents)]
+
+
+def greedy(model, states, mask, max_new_tokens):
+    """Return the ids (B, T) of the best token at each step. A sentence that has ended leaves."""
+    memory = Memory(model, states, mask, 1, max_new_tokens)
+    rows = torch.arange(len(states), device=states.device)  # the sentences still going
+    ids = torch.full((len(rows), max_new_tokens), PAD, device=states.device)
+    token = ids.new_full((len(rows), 1), PAD)
+    for t in range(max_new_tokens):
+        token = memory.step(token).argmax(dim=-1)
+        ids[rows, t] = token[:, 0]
+        going = token[:, 0] != EOS
+        if not going.any():
+            return ids[:, :t + 1]
+        if not going.all():
+            rows, token = rows[going], token[going]
+            memory.follow(going.nonzero()[:, 0], going)
     return ids
 
+
+def beam_search(model, states, mask, max_new_tokens, num_beams):
+    """Return the ids (B, T) of the best ended beam by its mean log-probability per token.
+
+    The rules are those of transformers' default (length_penalty 1, early_stopping False): of the
+    2N best continuations those among the first N that end are kept as results, the N best others
+    go on; a sentence is done when it has N results and its best beam's mean so far is no better
+    than the worst of them. What is cut off at max_new_tokens counts as ended.
+    """
+    memory = Memory(model, states, mask, num_beams, max_new_tokens)
+    rows = torch.arange(len(states), device=states.device)  # the sentences still going
+    result = torch.full((len(rows), max_new_tokens), PAD, device=states.device)
+    ids = result[:, None].repeat(1, num_beams, 1)  # (B, N, longest T)
+    ended, ended_scores = ids.clone(), torch.full(ids.shape[:2], -math.inf, device=ids.device)
+    scores = ended_scores.clone()
+    scores[:, 0] = 0  # all beams start alike: the first step goes on from one of them
+    token = ids[:, :, 0]
+
+    for t in range(max_new_tokens):
+        logits = memory.step(token).float()
+        best, token = logits.topk(2 * num_beams)  # (B, N, 2N): no other can be among the 2N best
+        best = best - logits.logsumexp(dim=-1, keepdim=True) + scores[:, :, None]
+        best, order = best.flatten(1).topk(2 * num_beams)  # (B, 2N)
+        token, parent = token.flatten(1).gather(1, order), order // (2 * num_beams)
+        candidates = pick(ids, parent)
+        candidates[:, :, t] = token
+        ends = (token == EOS) | (t + 1 == max_new_tokens)
+
+        results = best.masked_fill(~ends, -math.inf)[:, :num_beams] / (t + 1)
+        ended_scores, order = torch.cat([ended_scores, results], dim=1).topk(num_beams)
+        ended = pick(torch.cat([ended, candidates[:, :num_beams]], dim=1), order)
+        scores, order = best.masked_fill(ends, -math.inf).topk(num_beams)
+        ids, token, parent = pick(candidates, order), token.gather(1, order), parent.gather(1, order)
+
+        going = scores[:, 0] / (t + 1) > ended_scores[:, -1]
+        result[rows[~going]] = ended[~going, 0]
+        if not going.any():
+            break
+        parent = parent + num_beams * torch.arange(len(parent), device=parent.device)[:, None]
+        memory.follow(parent[going].flatten(), going)
+        rows, ids, token, scores = rows[going], ids[going], token[going], scores[going]
+        ended, ended_scores = ended[going], ended_scores[going]
+    return result[:, :t + 1]
+
+
+def pick(sequences, order):
+    """Return sequences (B, N, T) in the order (B, M) given for each sentence, (B, M, T)."""
+    return sequences.gather(1, order[:, :, None].expand(-1, -1, sequences.shape[-1]))
+
+
+# Checkpoints: one file with everything that a model needs.
 
 def save(path, model, tokenizer, **state):
     """Write model, tokenizer and whatever else state names (a training run's) to one file.
 
     The file is what torch.save makes of a dict of plain types and tensors. Raises OSError.
     """
-    content = {"format": FORMAT, "config": asdict(model.config), "model": model.state_dict(),
-               "tokenizer": {"model": torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8)},
-               **state}
+    write_checkpoint(path, model.config, dict(model.state_dict()), tokenizer, **state)
+
+
+def write_checkpoint(path, config, weights, tokenizer, **state):
+    """Write the parts of a checkpoint to path; weights {name: tensor}."""
+    pieces = torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8)
+    content = {"format": FORMAT, "config": asdict(config), "model": weights,
+               "tokenizer": {"model": pieces}, **state}
     write_file(path, lambda file: torch.save(content, file))
 
 
+def load(path):
+    """Return (model in eval mode, tokenizer) of the checkpoint at path.
+
+    Weights are read from disk when they are first used. Raises what read_checkpoint() raises.
+    """
+    content = read_checkpoint(path)
+    with torch.device("meta"):  # sizes only: no memory, no random numbers
+        model = MT5(MT5Config(**content["config"]))
+    model.load_state_dict(content["model"], assign=True)
+    return model.eval(), Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
+
+
 def read_checkpoint(path):
-    """Return the dict that save() wrote. Raises FileNotFoundError, ValueError. Runs no code."""
+    """Return the dict that save() wrote, tensors on the CPU; no code in the file can run.
+
+    Raises FileNotFoundError, and ValueError for anything but a whole checkpoint of this format.
+    """
     path = Path(path)
-    if not path.is_file():
+    if path.is_dir():
+        raise ValueError(f"{path}: expected a checkpoint file, found a folder; a hub folder becomes "
+                         f"one by: python model.py convert {path} FILE")
+    if not path.exists():
         raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
-    content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    content = read_pickle(path)
+    if not isinstance(content, dict) or not str(content.get("format")).startswith("xlrs-mt5 "):
+        raise ValueError(f"{path}: expected a checkpoint of this project, found another kind of "
+                         "file; a hub folder becomes one by: python model.py convert FOLDER FILE")
+    if content["format"] != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}; use the "
+                         "version of this project that wrote it")
+    try:
+        config = MT5Config(**content["config"])
+        content["tokenizer"]["model"].numpy()
+        faults = find_faults(content["model"], config)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path}: expected config, model and tokenizer of a checkpoint, found a "
+                         f"damaged one ({type(error).__name__}: {error})") from None
+    if faults:
+        raise ValueError(f"{path}: {faults}")
     return content
 
 
-def load(path):
-    """Return (model in eval mode, tokenizer) of the checkpoint at path."""
-    content = read_checkpoint(path)
-    model = MT5(MT5Config(**content["config"]))
-    model.load_state_dict(content["model"])
-    return model.eval(), Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
+def find_faults(weights, config):
+    """Return what is wrong with weights {name: tensor} for a model of config, '' if nothing is."""
+    if config.num_layers + config.num_decoder_layers > len(weights):  # before we build so many
+        return f"expected {config.num_layers} + {config.num_decoder_layers} layers, found fewer"
+    with torch.device("meta"):
+        wanted = MT5(config).state_dict()
+    return compare({name: tensor.shape for name, tensor in wanted.items()}, weights)
+
+
+def compare(wanted, found):
+    """Return the differences between wanted {name: shape} and found {name: tensor} in one line."""
+    faults = [f"missing {name}" for name in wanted if name not in found]
+    faults += [f"unknown {name}" for name in found if name not in wanted]
+    faults += [f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(wanted[name])} floats"
+               for name, tensor in found.items() if name in wanted
+               and (tensor.shape != wanted[name] or not tensor.is_floating_point())]
+    more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
+    return f"weights do not fit: {'; '.join(faults[:20])}{more}" if faults else ""
+
+
+def read_pickle(path):
+    """Return what torch.load makes of the file at path, mapped rather than read where it can be.
+
+    weights_only=True: tensors and plain types; whatever asks for code raises ValueError.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True,
+                          mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a broken file can fail in any way, and each is the file's fault
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"one that asks for {code[1]}, which was not run" if code else "a broken one"
+        raise ValueError(f"{path}: expected a whole file of tensors written by torch.save, found "
+                         f"{found}; fetch or convert it again") from None
+
+
+# Conversion from and to the hub's folders: config.json, weights, spiece.model.
+
+SUBLAYERS = {  # of a block, in order: our name -> (published name, {our name: published name})
+    "attention": ("SelfAttention", {"q": "q", "k": "k", "v": "v", "o": "o"}),
+    "cross": ("EncDecAttention", {"q": "q", "k": "k", "v": "v", "o": "o"}),
+    "feed_forward": ("DenseReluDense", {"gate": "wi_0", "up": "wi_1", "down": "wo"}),
+}
+POSITIONS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # never used
+
+
+def published_names(config):
+    """Return {our name: published name} of all tensors of a model."""
+    names = {"embedding.weight": "shared.weight", "head.weight": "lm_head.weight"}
+    for stack, blocks in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
+        names[f"{stack}.positions.weight"] = POSITIONS.format(stack)
+        names[f"{stack}.norm.weight"] = f"{stack}.final_layer_norm.weight"
+        sublayers = [name for name in SUBLAYERS if stack == "decoder" or name != "cross"]
+        for block in range(blocks):
+            for number, ours in enumerate(sublayers):
+                layer, (theirs, parts) = f"{stack}.block.{block}.layer.{number}", SUBLAYERS[ours]
+                names[f"{stack}.layers.{block}.{ours}_norm.weight"] = f"{layer}.layer_norm.weight"
+                for part, published in parts.items():
+                    names[f"{stack}.layers.{block}.{ours}.{part}.weight"] = (
+                        f"{layer}.{theirs}.{published}.weight")
+    return names
+
+
+def convert(source, target, trim=()):
+    """Write the mT5 in the hub folder source to the checkpoint file target; print what was done.
+
+    trim: text files; where given, only the pieces that they need are kept, and their rows of
+    embedding and head. Raises FileNotFoundError, ValueError.
+    """
+    source = Path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source}: expected a folder with config.json, weights, "
+                                "spiece.model, found none")
+    settings = read_json(source / "config.json")
+    published = read_weights(source)
+    config = infer_config(settings, published, source)
+    ignored = set_aside(published, settings, source)
+    names = published_names(config)
+    with torch.device("meta"):
+        shapes = {names[name]: tensor.shape for name, tensor in MT5(config).state_dict().items()}
+    if faults := compare(shapes, published):
+        raise ValueError(f"{source}: {faults}")
+    tokenizer = read_tokenizer(source / "spiece.model", config)
+    weights = {ours: published[theirs].float() for ours, theirs in names.items()}
+    if trim:
+        kept = tokenizer.needed(read_lines(trim))
+        print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces, and of "
+              f"{config.vocab_size:,} rows of embedding and head, are kept")
+        tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
+        for name in ("embedding.weight", "head.weight"):
+            weights[name] = weights[name][kept]
+    write_checkpoint(target, config, weights, tokenizer)
+    for line in ignored:
+        print(f"ignored: {line}")
+    print(f"{target}: {sum(map(torch.Tensor.numel, weights.values())):,} parameters, "
+          f"{Path(target).stat().st_size / 1e6:,.1f} MB")
+
+
+def infer_config(settings, published, folder):
+    """Return the MT5Config of published weights: sizes from shapes, settings for what they lack."""
+    blocks = {stack: len({name.split(".")[2] for name in published
+                          if name.startswith(f"{stack}.block.")}) for stack in ("encoder", "decoder")}
+    if settings.get("model_type") == "umt5" or (
+            POSITIONS.format("encoder").replace("block.0", "block.1") in published):
+        raise ValueError(f"{folder}: expected mT5, found umT5, which has position tables in each "
+                         "layer; it is not supported")
+    if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
+        raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' (mT5), "
+                         f"found {settings['feed_forward_proj']!r}; T5 1.0 is not supported")
+    try:
+        vocab_size, d_model = published["shared.weight"].shape
+        buckets, num_heads = published[POSITIONS.format("encoder")].shape
+        inner, _ = published["encoder.block.0.layer.0.SelfAttention.q.weight"].shape
+        d_ff, _ = published["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape
+    except KeyError as error:
+        raise ValueError(f"{folder}: expected the weights of an mT5, found no {error}") from None
+    except ValueError:
+        raise ValueError(f"{folder}: expected the weights of an mT5, found one that is no matrix "
+                         "among shared, relative_attention_bias, q and wi_0") from None
+    other = {field.name: settings[field.name] for field in fields(MT5Config)
+             if field.name in ("relative_attention_max_distance", "dropout_rate",
+                               "layer_norm_epsilon") and field.name in settings}
+    return MT5Config(vocab_size, d_model, inner // max(1, num_heads), d_ff, blocks["encoder"],
+                     blocks["decoder"], num_heads, buckets, **other)
+
+
+def set_aside(published, settings, folder):
+    """Take from published what is not part of the model; return a line for each saying why."""
+    lines = []
+    for name in ALIASES:
+        if name in published and "shared.weight" in published:
+            same, shared = published.pop(name), published["shared.weight"]
+            if same.data_ptr() != shared.data_ptr() and not torch.equal(same, shared):
+                raise ValueError(f"{folder}: expected {name} to equal shared.weight, found another "
+                                 "tensor")
+            lines.append(f"{name}, the same as shared.weight")
+    if published.pop(STRAY, None) is not None:
+        lines.append(f"{STRAY}, which mT5 does not use")
+    if "lm_head.weight" not in published and settings.get("tie_word_embeddings"):
+        published["lm_head.weight"] = published["shared.weight"]
+        lines.append("tie_word_embeddings: without lm_head.weight, shared.weight becomes the head")
+    return lines
+
+
+def read_tokenizer(path, config):
+    """Return the Tokenizer of the SentencePiece model at path, checked against config."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected the SentencePiece model, found none; "
+                                "all mT5 of any size share the one of google/mt5-small")
+    try:
+        tokenizer = Tokenizer(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{path}: expected at most {config.vocab_size} pieces, as many as rows of "
+                         f"the embedding, found {len(tokenizer)}")
+    return tokenizer
+
+
+def read_lines(paths):
+    """Yield the lines of UTF-8 text files; of .jsonl files the strings in each line."""
+    for path in map(Path, paths):
+        with open(path, encoding="utf-8") as file:
+            try:
+                for line in file:
+                    if path.suffix == ".jsonl" and line.strip():
+                        yield from (text for text in json.loads(line).values()
+                                    if isinstance(text, str))
+                    else:
+                        yield line
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{path}: expected UTF-8 text (.jsonl: an object a line): "
+                                 f"{error}") from None
+
+
+def read_json(path):
+    """Return the JSON object in the file at path."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def read_weights(folder):
+    """Return {published name: tensor} from a hub folder's weights, whole or in shards."""
+    for name in ("model.safetensors", "model.safetensors.index.json",
+                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        if (folder / name).is_file():
+            break
+    else:
+        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin, or "
+                                "the .index.json of either, found none")
+    shards = [name]
+    if name.endswith(".json"):
+        shards = read_json(folder / name).get("weight_map")
+        if not isinstance(shards, dict) or not all(
+                isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
+            raise ValueError(f"{folder / name}: expected weight_map to name a file for each tensor")
+        shards = sorted(set(shards.values()))
+    weights = {}
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{folder / shard}: expected by {name}, found none")
+        read = read_safetensors if shard.endswith(".safetensors") else read_pickle
+        part = read(folder / shard)
+        if not isinstance(part, dict) or not all(map(torch.is_tensor, part.values())):
+            raise ValueError(f"{folder / shard}: expected tensors by name, found something else")
+        if twice := part.keys() & weights.keys():
+            raise ValueError(f"{folder / shard}: expected each tensor once, found again {min(twice)}")
+        weights.update(part)
+    return weights
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def read_safetensors(path):
+    """Return {name: tensor} of a safetensors file, mapped rather than read.
+
+    The file: the header's length (8 bytes, lowest first), the header (JSON: dtype, shape and first
+    and last byte of each tensor), the tensors' bytes without gap or overlap.
+    """
+    def fault(expected):
+        return ValueError(f"{path}: expected {expected}; the safetensors file is damaged")
+
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        if size < 8:
+            raise fault("at least 8 bytes")
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = 8 + int.from_bytes(content[:8], "little")
+    if start > size:
+        raise fault(f"a header of at most {size - 8} bytes, found the length {start - 8}")
+    try:
+        header = json.loads(content[8:start])
+        header.pop("__metadata__", None)
+        entries = sorted((*entry["data_offsets"], name, DTYPES[entry["dtype"]], entry["shape"])
+                         for name, entry in header.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise fault(f"a header with dtype ({', '.join(DTYPES)}), shape and data_offsets of each "
+                    f"tensor ({type(error).__name__}: {error})") from None
+    tensors, at = {}, 0
+    for begin, end, name, dtype, shape in entries:
+        if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+            raise fault(f"whole numbers as shape and data_offsets of {name}")
+        count = math.prod(shape)
+        if begin != at or end - begin != count * dtype.itemsize or start + end > size:
+            raise fault(f"{name} {shape} at bytes {at} to {at + count * dtype.itemsize} of "
+                        f"{size - start}, found {begin} to {end}")
+        tensors[name], at = torch.empty(shape, dtype=dtype), end
+        if count:
+            tensors[name] = torch.frombuffer(content, dtype=dtype, count=count,
+                                             offset=start + begin).view(shape)
+    if start + at != size:
+        raise fault(f"{at} bytes of tensors, found {size - start}")
+    return tensors
+
+
+def export(checkpoint, folder):
+    """Write the checkpoint as a hub folder that transformers loads; print what was written."""
+    content = read_checkpoint(checkpoint)
+    config = MT5Config(**content["config"])
+    weights = {theirs: content["model"][ours] for ours, theirs in published_names(config).items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "config.json", json.dumps({
+        "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5", **asdict(config),
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        "is_encoder_decoder": True, "tokenizer_class": "T5Tokenizer", "pad_token_id": PAD,
+        "eos_token_id": EOS, "decoder_start_token_id": PAD}, indent=2))
+    write_file(folder / "tokenizer_config.json", json.dumps({
+        "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>",
+        "unk_token": "<unk>", "pad_token": "<pad>"}, indent=2))
+    write_file(folder / "spiece.model", content["tokenizer"]["model"].numpy().tobytes())
+    write_file(folder / "model.safetensors", lambda file: write_safetensors(weights, file))
+    print(f"{folder}: config.json, model.safetensors, spiece.model, tokenizer_config.json; "
+          f"{sum(map(torch.Tensor.numel, weights.values())):,} parameters")
+
+
+def write_safetensors(tensors, file):
+    """Write float32 tensors {name: tensor} to an open binary file as read_safetensors() reads."""
+    header, at = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [at, at + tensor.nbytes]}
+        at += tensor.nbytes
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)  # the tensors start at a multiple of eight
+    file.write(len(header).to_bytes(8, "little") + header)
+    for tensor in tensors.values():
+        file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(prog="model.py", description="Converts mT5 checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="hub folder to one checkpoint file")
+    command.add_argument("source", metavar="SRC", help="folder: config.json, pytorch_model.bin or "
+                         "model.safetensors (or shards and their index), spiece.model")
+    command.add_argument("target", metavar="DST", help="checkpoint file to write")
+    command.add_argument("--trim", nargs="+", metavar="FILE", default=[], help="keep only the "
+                         "pieces that these texts need (default: keep all)")
+    command = commands.add_parser("export", help="checkpoint file to a folder for transformers")
+    command.add_argument("source", metavar="CHECKPOINT")
+    command.add_argument("target", metavar="DIR", help="folder to write")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        if args.command == "convert":
+            convert(args.source, args.target, args.trim)
+        else:
+            export(args.source, args.target)
+    except (ValueError, OSError) as error:
+        print(f"model.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

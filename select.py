@@ -36,14 +36,14 @@ def show(rows, chosen):
 
     lines = []
     for row in rows:
-        targets = [scores for lang, scores in row.get("test", {}).items() if lang in row["xlrs"]]
-        lines.append([row["step"], f"{scoring.mean(row['xlrs'].values()):.3f}",
+        similarity = row.get("xlrs", {})
+        targets = [row["test"][lang] for lang in row.get("test", {}) if lang in similarity]
+        lines.append([row["step"], f"{scoring.mean(similarity.values()):.3f}",
                       f"{row.get('dev_loss', float('nan')):.4f}",
                       scoring.mean(scores["rougeL"] for scores in targets),
                       scoring.mean(scores["wrong_language"] for scores in targets),
                       "<- chosen" if row["step"] == chosen["step"] else ""])
-    scoring.table(lines, ["step", "XLRS", "source dev loss", "target ROUGE-L", "wrong language %",
-                          ""])
+    scoring.table(lines, ["step", "XLRS", "source dev loss", "target ROUGE-L", "wrong %", ""])
 
 
 def main(argv=None):
@@ -53,13 +53,13 @@ def main(argv=None):
     try:
         import eval as scoring
 
-        rows = [row for row in scoring.data.read_log(args.run) if row["kind"] == "eval"]
-        chosen = scoring.choose_step(args.run, args.by)
+        chosen = scoring.choose_checkpoint(args.run, args.by)
+        _, rows = scoring.read_run(args.run)
         show(rows, chosen)
-        print(f"chosen by {args.by}: step {chosen['step']}, written to {args.run}/selected.json")
     except (ValueError, OSError) as error:
         print(f"select.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    print(f"lowest {args.by}: step {chosen['step']}, written to {args.run}/selected.json")
 
 
 if __name__ == "__main__":

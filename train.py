@@ -52,10 +52,13 @@ def parse_args(argv=None):
                       help="longest source in tokens; longer ones are cut (default 512)")
     task.add_argument("--max-target", type=whole(2), default=64, metavar="N",
                       help="longest target in tokens, also in generation (default 64)")
+    task.add_argument("--num-beams", type=whole(1), default=1, metavar="N",
+                      help="beams in generation (default 1: greedy)")
     model = parser.add_argument_group("model")
-    model.add_argument("--init", metavar="CHECKPOINT", default=str(TOY_BASE),
+    model.add_argument("--init", metavar="CHECKPOINT",
                        help="checkpoint to start from, or 'new': random weights and a vocabulary "
-                            "trained on --train and --parallel (default the toy base)")
+                            "trained on --train and --parallel (default the toy base; with "
+                            "--pretrain new)")
     model.add_argument("--size", choices=["toy", *SIZES], default="toy",
                        help="size of a new model (default toy)")
     model.add_argument("--vocab-size", type=whole(500), default=3200, metavar="N",
@@ -127,6 +130,7 @@ def real(least, most=math.inf):
 def complete(args):
     """Return args with the defaults that depend on other arguments."""
     first = args.train[0]
+    args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     args.lr = args.lr or (2e-3 if args.pretrain else 1e-3)
     args.steps = args.steps or (12000 if args.pretrain else 100)
     args.eval_every = args.eval_every or max(1, args.steps // 5)
@@ -175,7 +179,7 @@ def train(args):
                 term = regulariser(pooled, args.reg_floor)
                 similarity = xlrs(pooled).mean().item()
         total = loss + args.reg * term
-        if not math.isfinite(total):
+        if not math.isfinite(total.item()):
             raise ValueError(f"step {step}: the loss is {total.item()}; the last checkpoint "
                              f"stands; try a learning rate below --lr {args.lr:g}")
         optimizer.zero_grad()
@@ -193,6 +197,7 @@ def train(args):
         save(run.folder / "base.pt", model, tokenizer)
         print(f"wrote {run.folder / 'base.pt'}")
     else:
+        scoring.choose_checkpoint(run.folder)
         scoring.score_run(run.folder, device, autocast)
 
 
@@ -278,11 +283,11 @@ def measure(model, tokenizer, texts, draw, args, autocast):
             pairs = texts.dev[texts.source][:args.eval_size]
             examples = [data.encode_pair(pair, tokenizer, args) for pair in pairs]
             row["dev_loss"] = scoring.mean_loss(model, examples)
-            scores, _ = scoring.score_tests(model, tokenizer, {texts.source: pairs}, texts, args)
+            scores, _ = scoring.score_tests(model, tokenizer, {texts.source: pairs}, args)
             row["dev_rougeL"] = scores[texts.source]["rougeL"]
         if texts.test:
             few = {lang: pairs[:args.eval_size] for lang, pairs in texts.test.items()}
-            row["test"], _ = scoring.score_tests(model, tokenizer, few, texts, args)
+            row["test"], _ = scoring.score_tests(model, tokenizer, few, args)
     return row
 
 
