@@ -450,7 +450,7 @@ class HeadLoss(torch.autograd.Function):
                 continue
             slope = scores.div_(total).scatter_add_(1, label, -torch.ones_like(total)).to(low)
             hidden_grad[i:i + rows] = slope @ weight
-            grad = slope.mT @ part
+            grad = slope.mT @ (part / len(hidden))
             weight_grad = grad.to(weight.dtype) if weight_grad is None else weight_grad.add_(grad)
         ctx.save_for_backward(hidden_grad / len(hidden), weight_grad)
         return loss / len(hidden)
