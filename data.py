@@ -514,7 +514,7 @@ def load_texts(args):
     if args.pretrain:
         texts.train = {lang: read_lines(path) if path else None for lang, path in train.items()}
     else:
-        texts.train = task_pairs(args.train, args, "train", 4000, args.seed)
+        texts.train = task_pairs(args.train, args, "train", args.train_size, args.seed)
         texts.dev = task_pairs(args.dev, args, "dev", args.eval_size)
         texts.test = task_pairs(args.test, args, "test", args.test_size)
     if args.parallel:
@@ -539,14 +539,17 @@ def languages(args):
 
 
 def task_pairs(words, args, split, count, seed=0):
-    """Return {language: [(source, target), …]}; count stories of the toy world, files whole."""
-    pairs = {}
+    """Return {language: [(source, target), …]}, the first count of a file or of the toy world.
+
+    count None: a file whole; of the toy world 4,000 stories to train on, else 200.
+    """
+    pairs, told = {}, 4000 if split == "train" else 200
     for language, path in map(named, words or ()):
         if path:
-            pairs[language] = read_pairs(path, args.fields.split(","))
+            pairs[language] = read_pairs(path, args.fields.split(","))[:count]
         else:
             pairs[language] = [toy_pair(story, language, args.task)
-                               for story in stories(split, count, seed)]
+                               for story in stories(split, count or told, seed)]
     return pairs
 
 

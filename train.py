@@ -50,8 +50,8 @@ def parse_args(argv=None):
                       help="column names in JSONL, TSV and CSV files (default source,target)")
     task.add_argument("--max-source", type=whole(2), default=512, metavar="N",
                       help="longest source in tokens; longer ones are cut (default 512)")
-    task.add_argument("--max-target", type=whole(2), default=64, metavar="N",
-                      help="longest target in tokens, also in generation (default 64)")
+    task.add_argument("--max-target", type=whole(2), metavar="N",
+                      help="longest target in tokens, also in generation (default 64, toy 32)")
     task.add_argument("--num-beams", type=whole(1), default=1, metavar="N",
                       help="beams in generation (default 1: greedy)")
     model = parser.add_argument_group("model")
@@ -81,7 +81,7 @@ def parse_args(argv=None):
                        help="AdamW's learning rate (default 1e-3, with --pretrain 2e-3; 1e-4 is "
                             "usual for mT5-small)")
     steps.add_argument("--steps", type=whole(1), metavar="N",
-                       help="updates (default 100, with --pretrain 12000)")
+                       help="updates (default 100, with --pretrain 15000)")
     steps.add_argument("--warmup", type=whole(0), default=20, metavar="N",
                        help="steps of linear warm-up (default 20)")
     steps.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
@@ -94,8 +94,10 @@ def parse_args(argv=None):
                      help="steps between checkpoints (default: a fifth of --steps)")
     run.add_argument("--eval-size", type=whole(1), default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default 100)")
-    run.add_argument("--test-size", type=whole(1), default=200, metavar="N",
-                     help="test stories of the toy world a language (default 200)")
+    task.add_argument("--train-size", type=whole(1), metavar="N",
+                      help="training pairs a language (default: all of a file, 4000 toy stories)")
+    run.add_argument("--test-size", type=whole(1), metavar="N",
+                     help="test texts a language (default: all of a file, 200 toy stories)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
     run.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
@@ -132,8 +134,9 @@ def complete(args):
     first = args.train[0]
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     args.lr = args.lr or (2e-3 if args.pretrain else 1e-3)
-    args.steps = args.steps or (12000 if args.pretrain else 100)
+    args.steps = args.steps or (15000 if args.pretrain else 100)
     args.eval_every = args.eval_every or max(1, args.steps // 5)
+    args.max_target = args.max_target or (64 if "=" in first else 32)
     if "=" not in first:
         everywhere = [first, *(lang for lang in data.TOY_LANGUAGES if lang != first)]
         if args.pretrain and len(args.train) == 1:
