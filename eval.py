@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from model import load
-from xlrs import choose, pool
+from xlrs import choose, pool, xlrs
 
 LID = Path(__file__).parent / "toy" / "lid.bin"
 
@@ -382,6 +382,18 @@ def sentence_vectors(model, tokenizer, texts, max_source=512):
     return vectors
 
 
+def vectors_by_language(model, tokenizer, sentences, args):
+    """Return {language: sentence vectors (N, D)} of {language: sentences}, the source first."""
+    return {lang: sentence_vectors(model, tokenizer, side, args.max_source)
+            for lang, side in sentences.items()}
+
+
+def language_similarity(vectors):
+    """Return XLRS of the source, the first language, with each other: {language: cosine}."""
+    _, *others = vectors
+    return dict(zip(others, xlrs(torch.stack(list(vectors.values()))).tolist()))
+
+
 def answer(model, tokenizer, texts, max_source=512, max_target=64, num_beams=1, name="answering"):
     """Return the model's output for each text, a list of str."""
     device = next(model.parameters()).device
@@ -476,60 +488,106 @@ def choose_checkpoint(folder, by=None):
     return chosen
 
 
-def score_run(folder, device, autocast):
-    """Score a run's chosen checkpoint and its base on the test set; print, and write both files.
+def score_checkpoint(path, args, device, autocast):
+    """Return (scores, outputs, XLRS), each {language: …}, of the checkpoint at path.
 
-    scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}}; outputs.jsonl: a test
-    text a line.
+    args: a run's; they name the test pairs and the parallel text.
     """
-    folder = Path(folder)
-    args, rows = read_run(folder)
+    model, tokenizer = load(path)
     tests = data.task_pairs(args.test, args, "test", args.test_size)
     if not tests:
-        raise ValueError(f"{folder}: no test data; name some with --test")
-    if not (folder / "selected.json").is_file():
+        raise ValueError("no test pairs; name some with --test LANG=FILE")
+    with autocast:
+        scores, outputs = score_tests(model.to(device), tokenizer, tests, args)
+        similarity = {}
+        if args.parallel:
+            _, sentences = data.parallel_texts(args)
+            similarity = language_similarity(
+                vectors_by_language(model, tokenizer, sentences, args))
+    return scores, outputs, similarity
+
+
+def score_run(folder, args, device, autocast):
+    """Score a run's chosen checkpoint on the test set, beside its base; print and write.
+
+    In the toy world also beside the shipped scores of the usual way: --reg 0, best on English.
+    """
+    if not (Path(folder) / "selected.json").is_file():
         choose_checkpoint(folder)
-    step = json.loads((folder / "selected.json").read_text())["step"]
-    scores, outputs = {}, {}
-    for at in (0, step):
-        model, tokenizer = load(folder / f"step_{at:06d}.pt")
-        with autocast:
-            scores[at], outputs[at] = score_tests(model.to(device), tokenizer, tests, args)
-    xlrs = {row["step"]: row.get("xlrs", {}) for row in rows}
+    step = json.loads((Path(folder) / "selected.json").read_text())["step"]
+    systems = {"base": score_checkpoint(Path(folder) / "step_000000.pt", args, device, autocast),
+               f"step {step}": score_checkpoint(Path(folder) / f"step_{step:06d}.pt", args, device,
+                                                autocast)}
+    report(systems, args, step, Path(folder))
+
+
+def report(systems, args, step, folder):
+    """Print systems, {name: (scores, outputs, XLRS)}, side by side; write the last to folder.
+
+    scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}}; outputs.jsonl: an object
+    a test text.
+    """
+    tests = data.task_pairs(args.test, args, "test", args.test_size)
+    scores, outputs, similarity = list(systems.values())[-1]
+    folder.mkdir(parents=True, exist_ok=True)
     data.write_file(folder / "scores.json", json.dumps(
-        {"task": args.task, "step": step, "xlrs": xlrs[step], "scores": scores[step]},
-        indent=1) + "\n")
-    data.write_file(folder / "outputs.jsonl", "".join(json.dumps(
-        {"language": lang, "source": source, "reference": reference, "output": output},
-        ensure_ascii=False) + "\n" for lang, pairs in tests.items()
-        for (source, reference), output in zip(pairs, outputs[step][lang])))
-    print_run(args, step, scores, xlrs, tests, outputs)
+        {"task": args.task, "step": step, "xlrs": similarity, "scores": scores}, indent=1) + "\n")
+    lines = [{"language": lang, "source": source, "reference": reference, "output": output}
+             for lang, pairs in tests.items()
+             for (source, reference), output in zip(pairs, outputs[lang])]
+    data.write_file(folder / "outputs.jsonl",
+                    "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
-
-def print_run(args, step, scores, xlrs, tests, outputs):
-    """Print the scores of the base (step 0) and of the chosen step, and one text of each kind."""
     source = data.languages(args)[0]
-    kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": f"{source} %"}
-    rows = [[lang, *(scores[at][lang][kind] for kind in kinds for at in (0, step)),
-             *(f"{xlrs[at][lang]:.2f}" if lang in xlrs[at] else "" for at in (0, step))]
-            for lang in tests]
-    targets = [row for row in rows if row[0] != source]
-    if targets:
-        rows.append([f"mean but {source}", *(mean(column) for column in list(zip(*targets))[1:7]),
-                     *(f"{mean(xlrs[at].values()):.2f}" for at in (0, step))])
-    print(f"\n{args.task}: base -> step {step}, {len(next(iter(tests.values())))} texts a language")
-    table(rows, ["language", *(f"{mark}{name}" for name in [*kinds.values(), "XLRS"]
-                               for mark in ("", "-> "))])
-    for lang in [lang for lang in tests if lang != source][:2] + [source]:
+    print(f"\n{args.task}: {len(lines)} test texts in {len(tests)} languages")
+    print_scores(systems, source)
+    for lang in [lang for lang in tests if lang != source][:2]:
         text, reference = tests[lang][0]
-        print(f"\n{lang}  text       {text}\n    reference  {reference}\n"
-              f"    base       {outputs[0][lang][0]}\n    step {step:<5} {outputs[step][lang][0]}")
+        print(f"\n{lang}  text: {text}")
+        for name, answer in [("reference", reference),
+                             *((name, outputs[lang][0]) for name, (_, outputs, _) in systems.items())]:
+            print(f"    {name}: {answer}")
     print(f"\nROUGE-L, 0 to 100, over tokens: {TOKENS}.")
-    print(f"wrong %: outputs not identified as the language of their row; {source} %: as {source}.")
+    print("wrong %: answers identified as another language than the row's, "
+          f"{source} %: as {source}; mixed %: {source} words in them.\nWritten to {folder}.")
+
+
+def print_scores(systems, source):
+    """Print a row a language, and the mean but for the source; for each score a column a system."""
+    kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": f"{source} %",
+             "mixed": "mixed %"}
+    header = [f"{kind} {name}" if name == next(iter(systems)) else name
+              for kind in [*kinds.values(), "XLRS"] for name in systems]
+    columns = {lang: [scores[lang][kind] for kind in kinds for scores, _, _ in systems.values()]
+               + [similarity.get(lang, float("nan")) for _, _, similarity in systems.values()]
+               for lang in next(iter(systems.values()))[0]}
+    targets = [column for lang, column in columns.items() if lang != source]
+    if targets:
+        columns[f"mean but {source}"] = [mean(values) for values in zip(*targets)]
+    similarities = len(systems)
+    table([[lang, *column[:-similarities], *(f"{value:.2f}" for value in column[-similarities:])]
+           for lang, column in columns.items()], ["", *header])
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="ROUGE-L and language of a system's outputs.")
+    parser = argparse.ArgumentParser(
+        description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language.",
+        epilog="TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE. "
+               "What is not given is as in the run; for a checkpoint as in train.py.")
+    model = parser.add_argument_group("score a model")
+    model.add_argument("model", nargs="?", metavar="CHECKPOINT|RUN", help="what to score")
+    model.add_argument("--by", choices=["xlrs", "dev"], help="choose the run's checkpoint anew")
+    model.add_argument("--task", choices=data.TASKS, help="task of the toy world")
+    model.add_argument("--train", nargs="+", metavar="LANG", help="what it was fine-tuned on")
+    model.add_argument("--test", nargs="+", metavar="TEXT", help="test pairs")
+    model.add_argument("--parallel", nargs="+", metavar="TEXT", help="parallel text, for XLRS")
+    model.add_argument("--fields", metavar="SOURCE,TARGET", help="column names in files")
+    model.add_argument("--test-size", type=int, metavar="N", help="test texts a language")
+    model.add_argument("--num-beams", type=int, metavar="N", help="beams in generation")
+    model.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
+    model.add_argument("--dtype", choices=["float32", "bfloat16"], help="precision")
+    model.add_argument("--out", metavar="FOLDER", help="where scores.json and outputs.jsonl go "
+                       "(default: the run; for a checkpoint runs/eval)")
     files = parser.add_argument_group("score files, one text a line")
     files.add_argument("--hyp", metavar="FILE", help="the system's outputs")
     files.add_argument("--ref", metavar="FILE", help="the references, aligned by line")
@@ -541,9 +599,32 @@ def parse_args(argv=None):
     lid.add_argument("--train-lid", nargs=2, metavar=("DIR", "OUT"),
                      help="rebuild the table OUT from NTREX-128's files in DIR")
     args = parser.parse_args(argv)
-    if not args.train_lid and not (args.hyp and args.ref and args.lang):
-        parser.error("expected --hyp FILE --ref FILE --lang LANG, or --train-lid DIR OUT")
+    if not (args.model or args.train_lid or (args.hyp and args.ref and args.lang)):
+        parser.error("expected CHECKPOINT|RUN, or --hyp FILE --ref FILE --lang LANG, or "
+                     "--train-lid DIR OUT")
     return args
+
+
+def score_model(args):
+    """Score the run or the checkpoint that args.model names."""
+    path = Path(args.model)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint, found neither")
+    toy = data.TOY_LANGUAGES
+    known = (vars(read_run(path)[0]) if path.is_dir() else
+             dict(task="title", train=["en"], test=toy, parallel=toy, fields="source,target",
+                  test_size=None, eval_size=100, num_beams=1, max_source=512, max_target=32))
+    asked = {name: value for name, value in vars(args).items() if value is not None}
+    merged = argparse.Namespace(**{**known, **asked})
+    device, dtype, _ = pick_device(args.device, args.dtype)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    if path.is_dir():
+        if args.by:
+            choose_checkpoint(path, args.by)
+        score_run(path, merged, device, autocast)
+    else:
+        system = score_checkpoint(path, merged, device, autocast)
+        report({path.name: system}, merged, None, Path(args.out or "runs/eval"))
 
 
 def score_files(args):
@@ -561,7 +642,9 @@ def score_files(args):
 def main(argv=None):
     args = parse_args(argv)
     try:
-        if args.train_lid:
+        if args.model:
+            score_model(args)
+        elif args.train_lid:
             train_lid(*args.train_lid)
         else:
             score_files(args)

@@ -331,3 +331,163 @@ def test_data_loader_workers_start_beside_our_select(tmp_path, method):
     path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + code)
     finished = script(path)
     assert finished.returncode == 0, finished.stderr
+
+
+# train.py, select.py, eval.py: a run --------------------------------------------------------------
+
+SMALL = ("--steps", 6, "--eval-every", 2, "--warmup", 2, "--batch-size", 8, "--eval-size", 8,
+         "--train-size", 64, "--test-size", 8, "--test", "en", "de", "ru", "--parallel", "en", "de",
+         "ru", "--lr", 1e-3)
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory):
+    """A run of six steps with the regulariser, by subprocess; (folder, finished process)."""
+    folder = tmp_path_factory.mktemp("run") / "small"
+    finished = script("train.py", "--reg", 0.1, *SMALL, "--out", folder)
+    assert finished.returncode == 0, finished.stderr
+    return folder, finished
+
+
+def rows(folder, kind):
+    return [row for row in data.read_log(folder) if row["kind"] == kind]
+
+
+def test_a_run_leaves_what_the_contract_names(small_run):
+    folder, finished = small_run
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"args.json", "log.jsonl", "selected.json", "scores.json", "outputs.jsonl",
+                     *(f"step_{step:06d}.pt" for step in (0, 2, 4, 6))}
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["task"] == "title" and set(scores["xlrs"]) == {"de", "ru"}
+    for kinds in scores["scores"].values():
+        assert {"rougeL", "wrong_language", "source_language", "mixed", "n"} <= set(kinds)
+    outputs = (folder / "outputs.jsonl").read_text().splitlines()
+    assert len(outputs) == 3 * 8 and json.loads(outputs[0])["language"] == "en"
+    assert "mean but en" in finished.stdout and "training" in finished.stderr
+
+
+def test_the_log_keeps_the_two_parts_of_the_loss_and_xlrs_apart(small_run):
+    folder, _ = small_run
+    for row in rows(folder, "train"):
+        assert row["reg"] == pytest.approx(max(0, row["xlrs"]))
+        assert row["loss"] > 0 and row["lr"] == pytest.approx(1e-3 * min(1, row["step"] / 2))
+    assert [row["step"] for row in rows(folder, "eval")] == [0, 2, 4, 6]
+
+
+def test_a_run_lowers_the_loss_and_the_regulariser_lowers_xlrs(small_run, tmp_path):
+    folder, _ = small_run
+    finished = script("train.py", "--reg", 0, *SMALL, "--out", tmp_path / "plain")
+    assert finished.returncode == 0, finished.stderr
+    mean = {name: [scoring.mean(row["xlrs"].values()) for row in rows(path, "eval")]
+            for name, path in (("reg", folder), ("plain", tmp_path / "plain"))}
+    assert mean["reg"][0] == mean["plain"][0] and mean["reg"][-1] < mean["plain"][-1]
+    losses = [row["dev_loss"] for row in rows(tmp_path / "plain", "eval")]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(small_run):
+    folder, _ = small_run
+    finished = script("select.py", folder)
+    assert finished.returncode == 0, finished.stderr
+    trained = [row for row in rows(folder, "eval") if row["step"]]
+    lowest = min(trained, key=lambda row: scoring.mean(row["xlrs"].values()))["step"]
+    chosen = json.loads((folder / "selected.json").read_text())
+    assert chosen["step"] == lowest and chosen["by"] == "xlrs"
+    assert [line for line in finished.stdout.splitlines() if "chosen" in line][0].split()[0] == str(
+        lowest)
+    before = (folder / "scores.json").read_text()
+    finished = script("eval.py", folder)
+    assert finished.returncode == 0, finished.stderr
+    assert (folder / "scores.json").read_text() == before
+
+
+def test_a_run_goes_on_to_the_same_weights_after_it_was_cut_off(small_run, tmp_path):
+    folder, _ = small_run
+    cut_off = tmp_path / "cut"
+    cut_off.mkdir()
+    for name in ("args.json", "step_000000.pt", "step_000002.pt"):
+        (cut_off / name).write_bytes((folder / name).read_bytes())
+    log = (folder / "log.jsonl").read_text()
+    (cut_off / "log.jsonl").write_text(log[:len(log) * 2 // 3])  # a torn line at its end
+    finished = script("train.py", "--reg", 0.1, *SMALL, "--out", cut_off, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    whole, resumed = (mt5.read_checkpoint(path / "step_000006.pt") for path in (folder, cut_off))
+    for name, tensor in whole["model"].items():
+        assert torch.equal(tensor, resumed["model"][name]), name
+    assert [row["step"] for row in rows(cut_off, "train")] == [1, 2, 3, 4, 5, 6]
+    assert (cut_off / "scores.json").read_text() == (folder / "scores.json").read_text()
+
+
+def test_a_frozen_part_keeps_its_weights(tmp_path):
+    words = ("--steps", 1, "--train-size", 8, "--eval-size", 2, "--test-size", 2, "--test", "de")
+    finished = script("train.py", *words, "--freeze", "decoder", "head", "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    old, new = (mt5.read_checkpoint(path)["model"] for path in
+                (train.TOY_BASE, tmp_path / "run" / "step_000001.pt"))
+    changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"embedding", "encoder"}
+
+
+def test_pretraining_from_new_lowers_the_loss_and_leaves_a_base(tmp_path):
+    finished = script("train.py", "--pretrain", "--train", "en", "de", "--parallel", "en", "de",
+                      "--steps", 12, "--eval-every", 12, "--batch-size", 8, "--vocab-size", 1500,
+                      "--warmup", 2, "--out", tmp_path / "base")
+    assert finished.returncode == 0, finished.stderr
+    first, last = rows(tmp_path / "base", "eval")
+    assert last["dev_loss"] < first["dev_loss"] - 1
+    model, tokenizer = mt5.load(tmp_path / "base" / "base.pt")
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_users_files_train_a_new_model_in_any_script(tmp_path):
+    texts = {"en": "the {} is small", "th": "{} นั้นเล็ก", "ar": "ال{} صغير", "zh": "{}很小",
+             "hi": "{} छोटा है"}
+    for lang, text in texts.items():
+        lines = [text.format(i) for i in range(40)]
+        (tmp_path / f"{lang}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (tmp_path / f"{lang}.jsonl").write_text("".join(json.dumps({"text": line, "title": line[:5]})
+                                                        + "\n" for line in lines))
+    pairs = [f"{lang}={tmp_path / lang}.jsonl" for lang in texts]
+    finished = script("train.py", "--init", "new", "--vocab-size", 600, "--fields", "text,title",
+                      "--train", pairs[0], "--dev", pairs[0], "--test", *pairs, "--parallel",
+                      *(f"{lang}={tmp_path / lang}.txt" for lang in texts), "--reg", 0.1, "--steps",
+                      2, "--batch-size", 4, "--eval-size", 4, "--max-target", 8, "--test-size", 5,
+                      "--out", tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    scores = json.loads((tmp_path / "run" / "scores.json").read_text())["scores"]
+    assert {lang: kinds["n"] for lang, kinds in scores.items()} == dict.fromkeys(texts, 5)
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--train", "xx"], ["toy language", "'xx'"]),
+    (["--train", "en=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
+    (["--train", "en="], ["LANG=FILE", "'en='"]),
+    (["--parallel", "en"], ["at least two languages"]),
+    (["--init", "README.md"], ["README.md", "checkpoint"]),
+    (["--reg", "-1"], ["--reg", "-1"]), (["--reg", "nan"], ["--reg", "nan"]),
+    (["--reg", "much"], ["--reg", "much"]), (["--batch-size", "0"], ["--batch-size", "at least 1"]),
+    (["--fields", "text"], ["--fields", "SOURCE,TARGET"]),
+    (["--device", "cuda"], ["no GPU"]), (["--resume"], ["--out"])])
+def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, monkeypatch, words, parts):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = [] if words == ["--resume"] else ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*words, *out])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_occupied_folder_and_changed_arguments_are_refused(small_run):
+    folder, _ = small_run
+    fails_in_one_line(script("train.py", *SMALL, "--out", folder), "holds a run already", "--resume")
+    fails_in_one_line(script("train.py", *SMALL, "--reg", 0.2, "--out", folder, "--resume"),
+                      "--reg was 0.1", "now it is 0.2")
+
+
+def test_select_and_eval_answer_a_missing_run_in_one_line(tmp_path):
+    fails_in_one_line(script("select.py", tmp_path), "args.json", "train.py")
+    fails_in_one_line(script("eval.py", tmp_path / "nothing"), "nothing")

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import data
 import eval as scoring
-from model import MT5, SIZES, MT5Config, load, read_checkpoint, save
+from model import MT5, SIZES, Dropout, MT5Config, load, read_checkpoint, save
 from xlrs import pool, regulariser, xlrs
 
 TOY_BASE = data.TOY / "base.pt"
@@ -106,6 +106,8 @@ def parse_args(argv=None):
                           "bfloat16 on a GPU that has it, else float32)")
     run.add_argument("--compile", action="store_true", help="compile the model (torch.compile)")
     args = parser.parse_args(argv)
+    if args.resume and not args.out:
+        parser.error("--resume: expected --out FOLDER, the run to go on with")
     return complete(args)
 
 
@@ -201,7 +203,7 @@ def train(args):
         print(f"wrote {run.folder / 'base.pt'}")
     else:
         scoring.choose_checkpoint(run.folder)
-        scoring.score_run(run.folder, device, autocast)
+        scoring.score_run(run.folder, args, device, autocast)
 
 
 def start(args, texts):
@@ -213,7 +215,9 @@ def start(args, texts):
     else:
         model, tokenizer = load(args.init)
     if args.dropout is not None:
-        model.set_dropout(args.dropout)
+        for module in model.modules():
+            if isinstance(module, Dropout):
+                module.rate = args.dropout
     return model, tokenizer
 
 
@@ -273,15 +277,12 @@ def measure(model, tokenizer, texts, draw, args, autocast):
     row = {}
     with autocast:
         if texts.held_out:
-            vectors = {lang: scoring.sentence_vectors(model, tokenizer, side, args.max_source)
-                       for lang, side in texts.held_out.items()}
-            source = vectors.pop(texts.source)
-            values = xlrs(torch.stack([source, *vectors.values()]))
-            row["xlrs"] = dict(zip(vectors, values.tolist()))
+            vectors = scoring.vectors_by_language(model, tokenizer, texts.held_out, args)
+            row["xlrs"] = scoring.language_similarity(vectors)
         if args.pretrain:
             row["dev_loss"] = scoring.mean_loss(model, draw(10**6, 256))
-            row["retrieval"] = {lang: scoring.retrieval(source, side)
-                                for lang, side in vectors.items()}
+            row["retrieval"] = {lang: scoring.retrieval(vectors[texts.source], vectors[lang])
+                                for lang in row["xlrs"]}
         if texts.dev:
             pairs = texts.dev[texts.source][:args.eval_size]
             examples = [data.encode_pair(pair, tokenizer, args) for pair in pairs]
@@ -304,9 +305,9 @@ class Run:
         if self.log_path.exists() and not args.resume:
             raise ValueError(f"{self.folder} holds a run already: go on with --resume, or choose "
                              "another --out")
-        self.folder.mkdir(parents=True, exist_ok=True)
         if args.resume:
             self.compare_arguments()
+        self.folder.mkdir(parents=True, exist_ok=True)
         facts |= {"versions": {"python": platform.python_version(), "torch": torch.__version__},
                   "parent": file_hash(args.init)}
         data.write_file(self.folder / "args.json",
