@@ -120,29 +120,26 @@ class MT5(nn.Module):
         """Return the final encoder states (B, S, D). input_ids (B, S) int64, mask (B, S) bool."""
         return self.encoder(self.embedding(input_ids), mask)
 
-    def decode(self, states, mask, labels):
-        """Return the final decoder states (B, T, D) that predict labels, given encoder states."""
-        start = labels.new_full((len(labels), 1), PAD)
-        previous = torch.cat([start, labels[:, :-1]], dim=1)
-        previous = previous.masked_fill(previous == IGNORE, PAD)
-        return self.decoder(self.embedding(previous), states, mask)
-
     def logits(self, input_ids, mask, labels):
         """Return the scores of each next token (B, T, V), the decoder being fed the true labels.
 
         input_ids (B, S) int64; mask (B, S) bool; labels (B, T) int64, IGNORE (-100) at padding.
         """
-        return self.head(self.decode(self.encode(input_ids, mask), mask, labels))
+        states = self.encode(input_ids, mask)
+        return self.head(self.decoder(self.embedding(shift(labels)), states, mask))
 
     def forward(self, input_ids, mask, labels):
-        """Return the mean cross-entropy of the real labels, a float32 scalar in nats a token."""
-        return self.loss(self.encode(input_ids, mask), mask, labels)
+        """Return the mean cross-entropy of the real labels, a float32 scalar in nats a token.
 
-    def loss(self, states, mask, labels):
-        """Return the same from encoder states (B, S, D) that are already at hand."""
-        real = labels != IGNORE
-        hidden = self.decode(states, mask, labels)[real]  # (real labels, D)
-        return HeadLoss.apply(hidden, self.head.weight, labels[real])
+        The same as from logits(), but the padding has no scores, and source and target share one
+        lookup: the gradient of each is as large as the embedding.
+        """
+        previous, real = shift(labels), labels != IGNORE
+        ids = torch.cat([input_ids.flatten(), previous.flatten()])
+        source, target = self.embedding(ids).split([input_ids.numel(), previous.numel()])
+        states = self.encoder(source.view(*input_ids.shape, -1), mask)
+        hidden = self.decoder(target.view(*labels.shape, -1), states, mask)
+        return HeadLoss.apply(hidden[real], self.head.weight, labels[real])
 
     @torch.no_grad()
     def generate(self, input_ids, mask, max_new_tokens, num_beams=1):
@@ -155,6 +152,12 @@ class MT5(nn.Module):
         if num_beams == 1:
             return greedy(self, states, mask, max_new_tokens)
         return beam_search(self, states, mask, max_new_tokens, num_beams)
+
+
+def shift(labels):
+    """Return what the decoder is fed, (B, T): PAD, then all labels but the last."""
+    previous = F.pad(labels, (1, -1), value=PAD)
+    return previous.masked_fill(previous == IGNORE, PAD)
 
 
 class Encoder(nn.Module):
@@ -428,17 +431,17 @@ class HeadLoss(torch.autograd.Function):
     (torch.nn.functional.linear_cross_entropy has the same aim; on a CPU it was slower than both.)
     """
 
-    SCORES = {"cpu": 2**24, "cuda": 2**28}  # held at a time: 64 MB (it fits a cache), 1 GB
+    SCORES = 2**26  # held at a time, a quarter of a gigabyte
 
     @staticmethod
     def forward(ctx, hidden, weight, target):
         """Return the loss in nats a token; hidden (N, D), weight (V, D), target (N,) int64."""
-        rows = max(1, HeadLoss.SCORES.get(hidden.device.type, 2**26) // len(weight))
+        parts = len(hidden) * len(weight) // HeadLoss.SCORES + 1
         loss = torch.zeros((), device=hidden.device)
         hidden_grad, weight_grad = torch.empty_like(hidden), None
-        for i in range(0, len(hidden), rows):
-            part, label = hidden[i:i + rows], target[i:i + rows, None]
-            scores = F.linear(part, weight)  # (rows, V), in autocast's precision
+        for part, part_grad, label in zip(*(x.tensor_split(parts) for x in (
+                hidden, hidden_grad, target[:, None]))):
+            scores = F.linear(part, weight)  # (part of N, V), in autocast's precision
             low = scores.dtype
             scores = scores.float()
             top = scores.amax(dim=1, keepdim=True)
@@ -448,17 +451,20 @@ class HeadLoss(torch.autograd.Function):
             loss += total.log().sum()
             if not any(ctx.needs_input_grad):
                 continue
-            slope = scores.div_(total).scatter_add_(1, label, -torch.ones_like(total)).to(low)
-            hidden_grad[i:i + rows] = slope @ weight
-            grad = slope.mT @ (part / len(hidden))
-            weight_grad = grad.to(weight.dtype) if weight_grad is None else weight_grad.add_(grad)
-        ctx.save_for_backward(hidden_grad / len(hidden), weight_grad)
+            scores.div_(total * len(hidden))
+            slope = scores.scatter_add_(1, label, total.new_full(total.shape, -1 / len(hidden))).to(low)
+            part_grad.copy_(slope @ weight)
+            if weight_grad is None:
+                weight_grad = (slope.mT @ part).to(weight.dtype)
+            else:
+                weight_grad += slope.mT @ part
+        ctx.grads = hidden_grad, weight_grad
         return loss / len(hidden)
 
     @staticmethod
     def backward(ctx, grad):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        return hidden_grad * grad, weight_grad * grad, None
+        (hidden_grad, weight_grad), ctx.grads = ctx.grads, None  # autograd may keep, not copy them
+        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None  # in place: once is enough
 
 
 class Memory:
