@@ -296,6 +296,14 @@ def epochs(pairs, encode, seed):
     return draw
 
 
+def blend(draw, other, share):
+    """Return a draw function that takes a share of its examples, in [0, 1], from the other."""
+    def both(group, count):
+        few = round(share * count)
+        return draw(group, count - few) + other(group, few)
+    return both
+
+
 # Span corruption: mT5's pre-training task.
 
 def corruption(pages, tokenizer, seed, density=0.25, whole_sentences=0.4):
@@ -502,20 +510,23 @@ def read_log(folder):
 def load_texts(args):
     """Return the texts that a run's arguments name, from the toy world or from files.
 
-    source: the source language; train, dev, test: {language: [(source, target), …]}, in
-    pre-training train is {language: lines, or None for the toy world}; parallel: {language:
+    source: the source language; train, dev, test: {language: [(source, target), …]}; mix, and
+    train in pre-training: {language: lines, or None for the toy world}; parallel: {language:
     sentences}, aligned, the source first, to regularise on; held_out: likewise, to measure on.
     """
     fields = args.fields.split(",")
     if len(fields) != 2 or not all(fields):
         raise ValueError(f"--fields: expected SOURCE,TARGET, found {args.fields!r}")
-    train = dict(named(word) for word in args.train)
-    texts = SimpleNamespace(source=next(iter(train)), dev={}, test={}, parallel={}, held_out={})
+    texts = SimpleNamespace(source=languages(args)[0], dev={}, test={}, parallel={}, held_out={})
     if args.pretrain:
-        texts.train = {lang: read_lines(path) if path else None for lang, path in train.items()}
+        texts.train = unlabelled(args.train)
     else:
+        texts.mix = unlabelled(args.mix)
         texts.train = task_pairs(args.train, args, "train", args.train_size, args.seed)
         texts.dev = task_pairs(args.dev, args, "dev", args.eval_size)
+        if texts.dev and texts.source not in texts.dev:
+            raise ValueError(f"--dev: expected pairs in the source language {texts.source!r}, "
+                             f"found {' '.join(texts.dev)}")
         texts.test = task_pairs(args.test, args, "test", args.test_size)
     if args.parallel:
         texts.parallel, texts.held_out = parallel_texts(args)
@@ -553,9 +564,21 @@ def task_pairs(words, args, split, count, seed=0):
     return pairs
 
 
+def unlabelled(words):
+    """Return {language: lines, or None for the toy world}."""
+    texts = {lang: read_lines(path) if path else None for lang, path in map(named, words)}
+    if len({lines is None for lines in texts.values()}) > 1:
+        raise ValueError(f"expected toy languages or files, found both: {' '.join(words)}")
+    return texts
+
+
 def parallel_texts(args):
     """Return (to regularise on, to measure on), each {language: sentences} and aligned."""
-    paths = dict(named(word) for word in args.parallel)
+    source = languages(args)[0]
+    paths = dict(sorted(map(named, args.parallel), key=lambda pair: pair[0] != source))
+    if source not in paths:
+        raise ValueError(f"--parallel: expected the source language {source!r} among "
+                         f"{' '.join(paths)}")
     if len(paths) < 2:
         raise ValueError(f"--parallel: expected at least two languages, found {' '.join(paths)}")
     if len(set(map(bool, paths.values()))) > 1:

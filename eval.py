@@ -508,30 +508,49 @@ def score_checkpoint(path, args, device, autocast):
 
 
 def score_run(folder, args, device, autocast):
-    """Score a run's chosen checkpoint on the test set, beside its base; print and write.
+    """Score a run's base and chosen checkpoint on the test set; print and write.
 
-    In the toy world also beside the shipped scores of the usual way: --reg 0, best on English.
+    In the toy world the shipped scores of the usual way stand between them: fine-tuning without
+    the regulariser, and the checkpoint that is best on the source language.
     """
-    if not (Path(folder) / "selected.json").is_file():
+    if not (folder / "selected.json").is_file():
         choose_checkpoint(folder)
-    step = json.loads((Path(folder) / "selected.json").read_text())["step"]
-    systems = {"base": score_checkpoint(Path(folder) / "step_000000.pt", args, device, autocast),
-               f"step {step}": score_checkpoint(Path(folder) / f"step_{step:06d}.pt", args, device,
-                                                autocast)}
-    report(systems, args, step, Path(folder))
+    step = json.loads((folder / "selected.json").read_text())["step"]
+    systems = {"base": score_checkpoint(folder / "step_000000.pt", args, device, autocast)}
+    systems |= usual_way(args)
+    systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", args, device, autocast)
+    report(systems, args, step, folder)
+
+
+COMPARED = ("task", "train", "test", "init", "lr", "steps", "batch_size", "test_size")
+
+
+def usual_way(args):
+    """Return {"--reg 0": (scores, outputs, XLRS)} as shipped for a run with these arguments, or {}.
+
+    The file is a copy of a run's scores.json; its outputs are the first of each language.
+    """
+    path = data.TOY / "results" / f"{args.task}.json"
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    if content.get("arguments") != {name: getattr(args, name, None) for name in COMPARED}:
+        return {}
+    return {"--reg 0": (content["scores"], content["first_outputs"], content["xlrs"])}
 
 
 def report(systems, args, step, folder):
     """Print systems, {name: (scores, outputs, XLRS)}, side by side; write the last to folder.
 
-    scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}}; outputs.jsonl: an object
-    a test text.
+    scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}, …}; outputs.jsonl: an
+    object a test text.
     """
     tests = data.task_pairs(args.test, args, "test", args.test_size)
     scores, outputs, similarity = list(systems.values())[-1]
     folder.mkdir(parents=True, exist_ok=True)
     data.write_file(folder / "scores.json", json.dumps(
-        {"task": args.task, "step": step, "xlrs": similarity, "scores": scores}, indent=1) + "\n")
+        {"task": args.task, "step": step, "xlrs": similarity, "scores": scores,
+         "first_outputs": {lang: side[:1] for lang, side in outputs.items()},
+         "arguments": {name: getattr(args, name, None) for name in COMPARED}},
+        indent=1, ensure_ascii=False) + "\n")
     lines = [{"language": lang, "source": source, "reference": reference, "output": output}
              for lang, pairs in tests.items()
              for (source, reference), output in zip(pairs, outputs[lang])]
@@ -539,34 +558,31 @@ def report(systems, args, step, folder):
                     "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     source = data.languages(args)[0]
-    print(f"\n{args.task}: {len(lines)} test texts in {len(tests)} languages")
+    print(f"\n{args.task}: {len(lines)} test texts in {len(tests)} languages, step {step}")
     print_scores(systems, source)
     for lang in [lang for lang in tests if lang != source][:2]:
         text, reference = tests[lang][0]
-        print(f"\n{lang}  text: {text}")
-        for name, answer in [("reference", reference),
-                             *((name, outputs[lang][0]) for name, (_, outputs, _) in systems.items())]:
-            print(f"    {name}: {answer}")
-    print(f"\nROUGE-L, 0 to 100, over tokens: {TOKENS}.")
-    print("wrong %: answers identified as another language than the row's, "
-          f"{source} %: as {source}; mixed %: {source} words in them.\nWritten to {folder}.")
+        print(f"\n{lang}  {text}\n    {'reference':10}{reference}")
+        for name, (_, outputs, _) in systems.items():
+            print(f"    {name:10}{outputs[lang][0]}")
+    print(f"\nROUGE-L, 0 to 100, over tokens: {TOKENS}.\nwrong %: answers in another language "
+          f"than the row's, {source} %: in {source}; mixed %: {source} words in the answers.\n"
+          f"Written to {folder}.")
 
 
 def print_scores(systems, source):
-    """Print a row a language, and the mean but for the source; for each score a column a system."""
+    """Print a row for each language and system, and for each system's mean but for the source."""
     kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": f"{source} %",
              "mixed": "mixed %"}
-    header = [f"{kind} {name}" if name == next(iter(systems)) else name
-              for kind in [*kinds.values(), "XLRS"] for name in systems]
-    columns = {lang: [scores[lang][kind] for kind in kinds for scores, _, _ in systems.values()]
-               + [similarity.get(lang, float("nan")) for _, _, similarity in systems.values()]
-               for lang in next(iter(systems.values()))[0]}
-    targets = [column for lang, column in columns.items() if lang != source]
-    if targets:
-        columns[f"mean but {source}"] = [mean(values) for values in zip(*targets)]
-    similarities = len(systems)
-    table([[lang, *column[:-similarities], *(f"{value:.2f}" for value in column[-similarities:])]
-           for lang, column in columns.items()], ["", *header])
+    rows = []
+    for language in [*next(iter(systems.values()))[0], f"mean but {source}"]:
+        for name, (scores, _, similarity) in systems.items():
+            among = [language] if language in scores else [lang for lang in scores if lang != source]
+            known = [similarity[lang] for lang in among if lang in similarity]
+            rows.append([language if name == next(iter(systems)) else "", name,
+                         *(mean(scores[lang][kind] for lang in among) for kind in kinds),
+                         f"{mean(known):.2f}" if known else ""])
+    table(rows, ["language", "system", *kinds.values(), "XLRS"])
 
 
 def parse_args(argv=None):

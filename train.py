@@ -46,6 +46,10 @@ def parse_args(argv=None):
     task.add_argument("--parallel", nargs="+", metavar="TEXT",
                       help="parallel text, for XLRS and the regulariser: aligned lines, a file a "
                            "language, first the source (default, toy: every toy language)")
+    task.add_argument("--train-size", type=whole(1), metavar="N",
+                      help="training pairs a language (default: all of a file, 4000 toy stories)")
+    task.add_argument("--test-size", type=whole(1), metavar="N",
+                      help="test texts a language (default: all of a file, 200 toy stories)")
     task.add_argument("--fields", metavar="SOURCE,TARGET", default="source,target",
                       help="column names in JSONL, TSV and CSV files (default source,target)")
     task.add_argument("--max-source", type=whole(2), default=512, metavar="N",
@@ -72,6 +76,11 @@ def parse_args(argv=None):
                         help="parallel sentences a step, each in every language (default 8)")
     method.add_argument("--freeze", nargs="+", choices=PARTS, default=[], metavar="PART",
                         help=f"parts that do not learn: {', '.join(PARTS)} (default none)")
+    method.add_argument("--mix", nargs="+", default=[], metavar="TEXT",
+                        help="unlabelled text mixed in as span corruption: LANG for toy pages, or "
+                             "LANG=FILE of lines (default none)")
+    method.add_argument("--mix-share", type=real(0, 1), default=0.25, metavar="SHARE",
+                        help="share of examples that are of --mix (default 0.25)")
     method.add_argument("--pretrain", action="store_true",
                         help="span corruption instead of a task; --train names the text")
     method.add_argument("--bilingual", type=real(0, 1), default=0.3, metavar="SHARE",
@@ -94,10 +103,6 @@ def parse_args(argv=None):
                      help="steps between checkpoints (default: a fifth of --steps)")
     run.add_argument("--eval-size", type=whole(1), default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default 100)")
-    task.add_argument("--train-size", type=whole(1), metavar="N",
-                      help="training pairs a language (default: all of a file, 4000 toy stories)")
-    run.add_argument("--test-size", type=whole(1), metavar="N",
-                     help="test texts a language (default: all of a file, 200 toy stories)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
     run.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
@@ -155,8 +160,11 @@ def train(args):
     print(f"device {device}, {dtype} ({why})")
     torch.manual_seed(args.seed)
     texts = data.load_texts(args)
+    scoring.identifier().choice(data.languages(args))
     model, tokenizer = start(args, texts)
     model.to(device)
+    if args.compile:
+        model.forward, model.encode = torch.compile(model.forward), torch.compile(model.encode)
     learning = freeze(model, args.freeze)
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(args, model, tokenizer, optimizer, {"device": str(device), "dtype": dtype, "why": why})
@@ -267,7 +275,11 @@ def draw_examples(texts, tokenizer, args):
     if args.pretrain:
         return data.corruption(data.pages(texts.train, args.bilingual), tokenizer, args.seed)
     pairs = [pair for language in texts.train.values() for pair in language]
-    return data.epochs(pairs, lambda pair: data.encode_pair(pair, tokenizer, args), args.seed)
+    draw = data.epochs(pairs, lambda pair: data.encode_pair(pair, tokenizer, args), args.seed)
+    if not args.mix:
+        return draw
+    unlabelled = data.corruption(data.pages(texts.mix, bilingual=0), tokenizer, args.seed)
+    return data.blend(draw, unlabelled, args.mix_share)
 
 
 @torch.no_grad()
