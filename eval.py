@@ -470,22 +470,31 @@ def mean(values):
     return sum(values) / len(values) if values else float("nan")
 
 
-def choose_checkpoint(folder, by=None):
-    """Return the evaluation row that the rule picks, and write its step to selected.json.
+MEASURES = {"xlrs": "xlrs", "dev": "dev_loss"}  # the rule, and the log's field that it goes by
 
-    by: "xlrs" (the default where the run measured it) or "dev", as in xlrs.choose.
+
+def best_row(rows, by):
+    """Return the evaluation row that the rule picks; the base, step 0, is not on offer.
+
+    by: "xlrs" or "dev", as in xlrs.choose; the development score is minus the loss.
     """
-    _, rows = read_run(folder)
-    by = by or ("xlrs" if rows and "xlrs" in rows[0] else "dev")
-    trained = [row for row in rows if row["step"] > 0]  # the base is not on offer
+    trained = [row for row in rows if row["step"] > 0]
     known = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
               "dev": -row.get("dev_loss", float("nan"))} for row in trained]
-    chosen = trained[known.index(choose(known, by))]
-    data.write_file(Path(folder) / "selected.json",
-                    json.dumps({"step": chosen["step"], "by": by,
-                                "xlrs": chosen.get("xlrs"), "dev_loss": chosen.get("dev_loss")},
-                               indent=1) + "\n")
-    return chosen
+    return trained[known.index(choose(known, by))]
+
+
+def choose_checkpoint(folder, by=None):
+    """Return the row of a run's chosen checkpoint, and write its step to selected.json.
+
+    by: as in best_row; by default "xlrs" where the run measured it, else "dev".
+    """
+    _, rows = read_run(folder)
+    by = by or next((by for by, field in MEASURES.items() if rows and field in rows[0]), "xlrs")
+    row = best_row(rows, by)
+    chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
+    data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
+    return row
 
 
 def score_checkpoint(path, args, device, autocast):

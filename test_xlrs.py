@@ -464,7 +464,7 @@ def test_users_files_train_a_new_model_in_any_script(tmp_path):
     (["--train", "en=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
     (["--train", "en="], ["LANG=FILE", "'en='"]),
     (["--parallel", "en"], ["at least two languages"]),
-    (["--init", "README.md"], ["README.md", "checkpoint"]),
+    (["--init", "README.md"], ["README.md", "expected", "found"]),
     (["--reg", "-1"], ["--reg", "-1"]), (["--reg", "nan"], ["--reg", "nan"]),
     (["--reg", "much"], ["--reg", "much"]), (["--batch-size", "0"], ["--batch-size", "at least 1"]),
     (["--fields", "text"], ["--fields", "SOURCE,TARGET"]),
@@ -479,6 +479,22 @@ def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, monkeypatch, word
     for part in parts:
         assert part in line
     assert not (tmp_path / "run").exists()
+
+
+def test_keep_bounds_the_checkpoints_but_spares_base_and_best(tmp_path):
+    finished = script("train.py", *SMALL[:2], "--eval-every", 1, *SMALL[4:], "--keep", 1, "--out",
+                      tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
+    trained = [row for row in rows(tmp_path / "run", "eval") if row["step"]]
+    best = {min(trained, key=key)["step"] for key in
+            (lambda row: scoring.mean(row["xlrs"].values()), lambda row: row["dev_loss"])}
+    kept = {int(path.stem[5:]) for path in (tmp_path / "run").glob("step_*.pt")}
+    assert kept == {0, 6} | best
+
+
+def test_unlabelled_text_takes_its_share_of_each_group():
+    both = data.blend(lambda group, count: ["a"] * count, lambda group, count: ["b"] * count, 0.25)
+    assert sorted(both(0, 8)) == ["a"] * 6 + ["b"] * 2
 
 
 def test_an_occupied_folder_and_changed_arguments_are_refused(small_run):

@@ -103,6 +103,8 @@ def parse_args(argv=None):
                      help="steps between checkpoints (default: a fifth of --steps)")
     run.add_argument("--eval-size", type=whole(1), default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default 100)")
+    run.add_argument("--keep", type=whole(1), metavar="N",
+                     help="keep the last N checkpoints, the base and the best (default all)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
     run.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
@@ -346,6 +348,17 @@ class Run:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         save(self.folder / f"step_{step:06d}.pt", self.model, self.tokenizer, step=step,
              optimizer=self.optimizer.state_dict(), random=[torch.get_rng_state(), *cuda])
+        if self.args.keep:
+            self.remove_all_but(self.args.keep)
+
+    def remove_all_but(self, count):
+        """Remove checkpoints but for the last count, the base, and the best by either rule."""
+        _, rows = scoring.read_run(self.folder)
+        best = {scoring.best_row(rows, by)["step"] for by, field in scoring.MEASURES.items()
+                if len(rows) > 1 and field in rows[0]}
+        for path in sorted(self.folder.glob("step_*.pt"))[1:-count]:
+            if int(path.stem.removeprefix("step_")) not in best:
+                path.unlink()
 
     def resume(self):
         """Restore the last checkpoint; return its step, 0 where there is none yet."""
