@@ -126,7 +126,8 @@ class MT5(nn.Module):
         input_ids (B, S) int64; mask (B, S) bool; labels (B, T) int64, IGNORE (-100) at padding.
         """
         states = self.encode(input_ids, mask)
-        return self.head(self.decoder(self.embedding(shift(labels)), states, mask))
+        everywhere = torch.ones_like(labels, dtype=torch.bool)
+        return self.head(self.decoder(self.embedding(shift(labels)), states, mask, everywhere))
 
     def forward(self, input_ids, mask, labels):
         """Return the mean cross-entropy of the real labels, a float32 scalar in nats a token.
@@ -135,10 +136,11 @@ class MT5(nn.Module):
         lookup: the gradient of each is as large as the embedding.
         """
         previous, real = shift(labels), labels != IGNORE
+        fed = real.flip(1).cumsum(1).flip(1) > 0  # up to the last real label
         ids = torch.cat([input_ids.flatten(), previous.flatten()])
         source, target = self.embedding(ids).split([input_ids.numel(), previous.numel()])
         states = self.encoder(source.view(*input_ids.shape, -1), mask)
-        hidden = self.decoder(target.view(*labels.shape, -1), states, mask)
+        hidden = self.decoder(target.view(*labels.shape, -1), states, mask, fed)
         return HeadLoss.apply(hidden[real], self.head.weight, labels[real])
 
     @torch.no_grad()
@@ -175,14 +177,15 @@ class Encoder(nn.Module):
         """Return final states (B, S, D) of embeddings x (B, S, D); mask (B, S) True at real tokens.
 
         Scores towards padding get the lowest finite number, not -inf: a sentence without any real
-        token then has meaningless states, but no NaN.
+        token then has no NaN. States at padding are zero.
         """
         bias = position_bias(self.positions, x.shape[1], self.max_distance, bidirectional=True)
         bias = hide(bias, mask[:, None, None, :])  # (B, H, S, S)
-        x = self.dropout(x)
+        tokens = Tokens(mask)
+        x = self.dropout(tokens.pack(x))
         for layer in self.layers:
-            x = layer(x, bias)
-        return self.dropout(self.norm(x))
+            x = layer(x, tokens, bias)
+        return tokens.pad(self.dropout(self.norm(x)))
 
 
 class Decoder(nn.Module):
@@ -202,17 +205,44 @@ class Decoder(nn.Module):
         seen = torch.ones(length, length, dtype=torch.bool, device=bias.device).tril()
         return hide(bias, seen)
 
-    def forward(self, x, states, mask):
+    def forward(self, x, states, mask, fed):
         """Return final states (B, T, D) of target embeddings x (B, T, D), all positions at once.
 
-        states (B, S, D) from the encoder; mask (B, S) True at real source tokens.
+        states (B, S, D) from the encoder; mask (B, S) True at real source tokens; fed (B, T) True
+        up to the last target token that counts: the states beyond are zero.
         """
         bias = self.causal_bias(x.shape[1])
         source_bias = hide(x.new_zeros(()), mask[:, None, None, :])  # (B, 1, 1, S)
-        x = self.dropout(x)
+        source, target = Tokens(mask), Tokens(fed)
+        states, x = source.pack(states), self.dropout(target.pack(x))
         for layer in self.layers:
-            x = layer(x, bias, layer.cross.keys_values(states), source_bias)
-        return self.dropout(self.norm(x))
+            x = layer(x, target, bias, layer.cross.keys_values(states, source), source_bias)
+        return target.pad(self.dropout(self.norm(x)))
+
+
+class Tokens:
+    """Where the real tokens of a padded batch stand.
+
+    Layers work on those alone, X = (N, D) for the N of all sentences; attention alone needs them
+    padded. What all this saves is the share of padding, a third of a ragged batch.
+    """
+
+    def __init__(self, mask):
+        """mask (B, S), True at real tokens."""
+        self.shape = mask.shape
+        full = torch.compiler.is_compiling() or mask.all()  # compiled code likes constant shapes
+        self.places = None if full else mask.flatten().nonzero()[:, 0]
+
+    def pack(self, x):
+        """Return (N, D) from x (B, S, D)."""
+        x = x.flatten(0, 1)
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def pad(self, x):
+        """Return (B, S, D), zero at padding, from x (N, D)."""
+        if self.places is not None:
+            x = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.places, x)
+        return x.unflatten(0, self.shape)
 
 
 class EncoderLayer(nn.Module):
@@ -224,8 +254,9 @@ class EncoderLayer(nn.Module):
         self.feed_forward_norm = Norm(config)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, bias):
-        x = x + self.dropout(self.attention(self.attention_norm(x), bias))
+    def forward(self, x, tokens, bias):
+        """Return (N, D) from x (N, D), the source's real tokens."""
+        x = x + self.dropout(self.attention(self.attention_norm(x), tokens, bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -240,12 +271,15 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = Norm(config)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, bias, source, source_bias, cache=None, t=None):
-        """Return (B, T, D); or with a cache (B, N, D), the token at position t of N beams."""
+    def forward(self, x, target, bias, source, source_bias, cache=None, t=None):
+        """Return (N, D) from x (N, D), the target's real tokens, or, with a cache, those at t."""
         own = self.attention_norm(x)
-        own = self.attention(own, bias) if cache is None else self.attention.step(own, bias, cache, t)
+        if cache is None:
+            own = self.attention(own, target, bias)
+        else:
+            own = self.attention.step(own, bias, cache, t)
         x = x + self.dropout(own)
-        x = x + self.dropout(self.cross(self.cross_norm(x), source, source_bias))
+        x = x + self.dropout(self.cross(self.cross_norm(x), target, source, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -261,10 +295,10 @@ class SelfAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
-    def forward(self, x, bias):
-        """Return (B, S, D) from x (B, S, D) and bias (B, H, S, S)."""
-        q, k, v = (split(project(x), self.heads) for project in (self.q, self.k, self.v))
-        return self.o(attend(q, k, v, bias, self.dropout))
+    def forward(self, x, tokens, bias):
+        """Return (N, D) from x (N, D), the tokens' places, and bias (B, H, S, S)."""
+        q, k, v = (split(tokens.pad(part(x)), self.heads) for part in (self.q, self.k, self.v))
+        return self.o(tokens.pack(attend(q, k, v, bias, self.dropout)))
 
 
 class CausalSelfAttention(nn.Module):
@@ -279,22 +313,21 @@ class CausalSelfAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
-    def forward(self, x, bias):
-        """Return (B, T, D) from x (B, T, D) and bias (1, H, T, T)."""
-        q, k, v = (split(project(x), self.heads) for project in (self.q, self.k, self.v))
-        return self.o(attend(q, k, v, bias, self.dropout))
+    def forward(self, x, tokens, bias):
+        """Return (N, D) from x (N, D), the tokens' places, and bias (1, H, T, T)."""
+        q, k, v = (split(tokens.pad(part(x)), self.heads) for part in (self.q, self.k, self.v))
+        return self.o(tokens.pack(attend(q, k, v, bias, self.dropout)))
 
     def step(self, x, bias, cache, t):
-        """Return (B, N, D) for the tokens at position t of N beams, x (B, N, D).
+        """Return (N, D) from x (N, D), one token at position t of each of N sequences.
 
-        Their keys and values join cache (2, B * N, H, longest T, K), through which they see all
-        that came before; bias (1, H, 1, t + 1).
+        Its key and value join cache (2, N, H, longest T, K), through which it sees all that came
+        before; bias (1, H, 1, t + 1).
         """
-        rows = x.flatten(0, 1)[:, None]  # (B * N, 1, D)
-        q, k, v = (split(project(rows), self.heads) for project in (self.q, self.k, self.v))
+        q, k, v = (split(part(x)[:, None], self.heads) for part in (self.q, self.k, self.v))
         cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
         keys, values = cache[:, :, :, :t + 1]
-        return self.o(attend(q, keys, values, bias, self.dropout)).view_as(x)
+        return self.o(attend(q, keys, values, bias, self.dropout)[:, 0])
 
 
 class CrossAttention(nn.Module):
@@ -309,14 +342,14 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
-    def keys_values(self, states):
-        """Return the keys and values of the source, each (B, H, S, K), from states (B, S, D)."""
-        return split(self.k(states), self.heads), split(self.v(states), self.heads)
+    def keys_values(self, states, source):
+        """Return keys and values of the source, each (B, H, S, K), from its packed states."""
+        return [split(source.pad(part(states)), self.heads) for part in (self.k, self.v)]
 
-    def forward(self, x, source, bias):
-        """Return (B, T, D) from x (B, T, D), source = keys_values(states), bias (B, 1, 1, S)."""
-        q = split(self.q(x), self.heads)
-        return self.o(attend(q, *source, bias, self.dropout))
+    def forward(self, x, target, source, bias):
+        """Return (N, D) from x (N, D), places in target, source keys and values, (B, 1, 1, S)."""
+        q = split(target.pad(self.q(x)), self.heads)
+        return self.o(target.pack(attend(q, *source, bias, self.dropout)))
 
 
 def split(x, heads):
@@ -478,19 +511,22 @@ class Memory:
         self.model, self.t = model, 0
         self.bias = model.decoder.causal_bias(length)
         self.source_bias = hide(states.new_zeros(()), mask[:, None, None, :])  # (B, 1, 1, S)
-        self.source = torch.stack([torch.stack(layer.cross.keys_values(states))
+        source = Tokens(mask)
+        states = source.pack(states)
+        self.source = torch.stack([torch.stack(layer.cross.keys_values(states, source))
                                    for layer in model.decoder.layers])  # (layers, 2, B, H, S, K)
         layers, _, sentences, heads, _, width = self.source.shape
         self.cache = self.source.new_empty(layers, 2, sentences * num_beams, heads, length, width)
 
     def step(self, tokens):
         """Return the scores of what follows tokens, (B, N, V) from (B, N): one step on."""
-        x = self.model.embedding(tokens)
+        target = Tokens(torch.ones_like(tokens, dtype=torch.bool))
+        x = target.pack(self.model.embedding(tokens))
         bias = self.bias[:, :, self.t:self.t + 1, :self.t + 1]
         for layer, source, cache in zip(self.model.decoder.layers, self.source, self.cache):
-            x = layer(x, bias, source, self.source_bias, cache, self.t)
+            x = layer(x, target, bias, source, self.source_bias, cache, self.t)
         self.t += 1
-        return self.model.head(self.model.decoder.norm(x))
+        return target.pad(self.model.head(self.model.decoder.norm(x)))
 
     def follow(self, parents, going):
         """Let row r of the caches go on from row parents[r]; sentences leave where going is False.
