@@ -530,6 +530,8 @@ def load_texts(args):
         texts.test = task_pairs(args.test, args, "test", args.test_size)
     if args.parallel:
         texts.parallel, texts.held_out = parallel_texts(args)
+    elif args.reg:
+        raise ValueError("--reg: expected parallel text; name it with --parallel LANG=FILE …")
     return texts
 
 

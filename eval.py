@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import data
 from model import load
-from xlrs import choose, pool, xlrs
+from xlrs import choose, pool, spearman, xlrs
 
 LID = Path(__file__).parent / "toy" / "lid.bin"
 
@@ -319,7 +319,8 @@ def score(outputs, references, language, source, identifier, candidates=None):
 
     rougeL: mean F1, 0 to 100. wrong_language: % of outputs in another language than `language`;
     an output without any letter is in no language and counts. source_language: % in the source
-    language. mixed: mean % of an output's words that are the source's. n: number of outputs.
+    language. mixed: mean % of an output's words that are the source's. loops: % of outputs in which
+    three tokens in a row come again. n: number of outputs.
     language, source: ISO 639-1; source may be None or equal to language: then both rates are 0.
     """
     found = identifier.predict(outputs, candidates)
@@ -329,7 +330,14 @@ def score(outputs, references, language, source, identifier, candidates=None):
             "wrong_language": share(code != language for code in found),
             "source_language": share(code == source for code in found) if other else 0.,
             "mixed": share(identifier.mixed(outputs, language, source).tolist()) if other else 0.,
-            "n": len(outputs)}
+            "loops": share(map(loops, outputs)), "n": len(outputs)}
+
+
+def loops(text):
+    """Return whether three tokens in a row come again in text."""
+    words = tokens(text)
+    triples = list(zip(words, words[1:], words[2:]))
+    return len(set(triples)) < len(triples)
 
 
 def table(rows, header):
@@ -487,11 +495,11 @@ def best_row(rows, by):
 def choose_checkpoint(folder, by=None):
     """Return the row of a run's chosen checkpoint, and write its step to selected.json.
 
-    by: as in best_row; by default "xlrs" where the run measured it, else "dev".
+    by: as in best_row; by default "xlrs" where the run measured it, else "dev", else the last.
     """
     _, rows = read_run(folder)
-    by = by or next((by for by, field in MEASURES.items() if rows and field in rows[0]), "xlrs")
-    row = best_row(rows, by)
+    by = by or next((by for by, field in MEASURES.items() if rows and field in rows[0]), "last")
+    row = rows[-1] if by == "last" else best_row(rows, by)
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
     return row
@@ -594,6 +602,91 @@ def print_scores(systems, source):
     table(rows, ["language", "system", *kinds.values(), "XLRS"])
 
 
+# Many runs ----------------------------------------------------------------------------------------
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees
+
+
+def interval(values, digits=1):
+    """Return "mean ± half the width of its 95 % interval" over runs, by Student's t."""
+    values = [value for value in values if value == value]  # NaN: undefined in that run
+    if len(values) < 2:
+        return f"{mean(values):.{digits}f}"
+    middle = mean(values)
+    variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
+    t = T95[min(len(values) - 2, len(T95) - 1)]
+    return f"{middle:.{digits}f} ± {t * (variance / len(values)) ** 0.5:.{digits}f}"
+
+
+def summarise(folder):
+    """Return what `compare` needs of a run: its arguments and its checkpoints' scores."""
+    args, rows = read_run(folder)
+    names = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
+    known = {name: getattr(args, name) for name in names}
+    seen = {word.partition("=")[0] for word in args.train}
+    known["checkpoints"] = [
+        {"step": row["step"], "xlrs": row["xlrs"], "dev_loss": row["dev_loss"],
+         "test": {lang: scores for lang, scores in row["test"].items()
+                  if lang == data.languages(args)[0] or lang not in seen}}
+        for row in rows if row["step"] > 0]
+    return known
+
+
+def method(run):
+    """Return the name of a run's method, as it was asked for."""
+    words = [f"--reg {run['reg']:g}"] if run["reg"] else []
+    words += [f"--reg-floor {run['reg_floor']:g}"] if run["reg"] and run["reg_floor"] else []
+    words += ["--train " + " ".join(run["train"])] if len(run["train"]) > 1 else []
+    words += [f"--{name} " + " ".join(run[name]) for name in ("freeze", "mix") if run[name]]
+    return " ".join(words) or "--reg 0"
+
+
+def on_targets(run, row, kind):
+    """Return the mean score of a checkpoint over the languages that the run did not train on."""
+    source = run["train"][0].partition("=")[0]
+    return mean(scores[kind] for lang, scores in row["test"].items() if lang != source)
+
+
+def compare(paths, out=None):
+    """Print tables over runs, folders or the JSON that this wrote to out: mean ± 95 % interval."""
+    runs = []
+    for path in map(Path, paths):
+        runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
+    if out:
+        data.write_file(out, json.dumps(runs, ensure_ascii=False) + "\n")
+    groups = {}
+    for run in runs:
+        groups.setdefault((run["task"], f"{run['lr']:g}", method(run)), []).append(run)
+    heads = {"last": lambda run: run["checkpoints"][-1],
+             "lowest XLRS": lambda run: best_row(run["checkpoints"], "xlrs"),
+             "best dev": lambda run: best_row(run["checkpoints"], "dev"),
+             "oracle": lambda run: max(run["checkpoints"],
+                                       key=lambda row: on_targets(run, row, "rougeL"))}
+    print("At the last step, mean over the languages not trained on:")
+    kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": "source %",
+             "mixed": "mixed %", "loops": "loops %"}
+    table([[*group, len(members),
+            *(interval([on_targets(run, heads["last"](run), kind) for run in members])
+              for kind in kinds),
+            interval([run["checkpoints"][-1]["test"][run["train"][0]]["rougeL"]
+                      for run in members]),
+            interval([mean(run["checkpoints"][-1]["xlrs"].values()) for run in members], 2)]
+           for group, members in groups.items()],
+          ["task", "lr", "method", "runs", *kinds.values(), "source ROUGE-L", "XLRS"])
+    print("\nROUGE-L of the checkpoint chosen by each rule:")
+    table([[*group, len(members),
+            *(interval([on_targets(run, head(run), "rougeL") for run in members])
+              for head in heads.values())] for group, members in groups.items()],
+          ["task", "lr", "method", "runs", *heads])
+    print("\nSpearman's rank correlation with XLRS over the checkpoints of a run:")
+    table([[*group, len(members),
+            *(interval([spearman([mean(row["xlrs"].values()) for row in run["checkpoints"]],
+                                 [on_targets(run, row, kind) for row in run["checkpoints"]])
+                        for run in members], 2) for kind in ("rougeL", "wrong_language"))]
+           for group, members in groups.items()],
+          ["task", "lr", "method", "runs", "ROUGE-L", "wrong %"])
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language.",
@@ -611,7 +704,7 @@ def parse_args(argv=None):
     model.add_argument("--num-beams", type=int, metavar="N", help="beams in generation")
     model.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16"], help="precision")
-    model.add_argument("--out", metavar="FOLDER", help="where scores.json and outputs.jsonl go "
+    model.add_argument("--out", metavar="PATH", help="where scores.json and outputs.jsonl go "
                        "(default: the run; for a checkpoint runs/eval)")
     files = parser.add_argument_group("score files, one text a line")
     files.add_argument("--hyp", metavar="FILE", help="the system's outputs")
@@ -620,13 +713,17 @@ def parse_args(argv=None):
     files.add_argument("--source", default="en", help="the language fine-tuned on (default en)")
     files.add_argument("--candidates", nargs="+", metavar="LANG",
                        help="languages that the identifier may answer (default: all it knows)")
+    runs = parser.add_argument_group("compare runs")
+    runs.add_argument("--compare", nargs="+", metavar="RUN",
+                      help="print tables over runs (or the JSON of an earlier --compare); with "
+                           "--out FILE keep what they were made of")
     lid = parser.add_argument_group("language identifier")
     lid.add_argument("--train-lid", nargs=2, metavar=("DIR", "OUT"),
                      help="rebuild the table OUT from NTREX-128's files in DIR")
     args = parser.parse_args(argv)
-    if not (args.model or args.train_lid or (args.hyp and args.ref and args.lang)):
+    if not (args.model or args.compare or args.train_lid or (args.hyp and args.ref and args.lang)):
         parser.error("expected CHECKPOINT|RUN, or --hyp FILE --ref FILE --lang LANG, or "
-                     "--train-lid DIR OUT")
+                     "--compare RUN…, or --train-lid DIR OUT")
     return args
 
 
@@ -669,6 +766,8 @@ def main(argv=None):
     try:
         if args.model:
             score_model(args)
+        elif args.compare:
+            compare(args.compare, args.out)
         elif args.train_lid:
             train_lid(*args.train_lid)
         else:

@@ -462,6 +462,8 @@ def test_users_files_train_a_new_model_in_any_script(tmp_path):
 @pytest.mark.parametrize("words, parts", [
     (["--train", "xx"], ["toy language", "'xx'"]),
     (["--train", "en=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
+    (["--train", "en=requirements.txt,requirements.txt", "--reg", "0.1"], ["--reg", "--parallel"]),
+    (["--train", "xyz=requirements.txt,requirements.txt"], ["does not know xyz"]),
     (["--train", "en="], ["LANG=FILE", "'en='"]),
     (["--parallel", "en"], ["at least two languages"]),
     (["--init", "README.md"], ["README.md", "expected", "found"]),

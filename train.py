@@ -142,7 +142,8 @@ def complete(args):
     """Return args with the defaults that depend on other arguments."""
     first = args.train[0]
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
-    args.lr = args.lr or (2e-3 if args.pretrain else 1e-3)
+    if args.lr is None:
+        args.lr = 2e-3 if args.pretrain else 1e-3
     args.steps = args.steps or (15000 if args.pretrain else 100)
     args.eval_every = args.eval_every or max(1, args.steps // 5)
     args.max_target = args.max_target or (64 if "=" in first else 32)
@@ -213,7 +214,8 @@ def train(args):
         print(f"wrote {run.folder / 'base.pt'}")
     else:
         scoring.choose_checkpoint(run.folder)
-        scoring.score_run(run.folder, args, device, autocast)
+        if texts.test:
+            scoring.score_run(run.folder, args, device, autocast)
 
 
 def start(args, texts):

@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 
 def pool(states, mask):
-    """Return one vector a sentence, (B, D): the mean of its encoder states over real tokens (ours).
+    """Return one vector a sentence, (B, D) float32: the mean encoder state of its tokens (ours).
 
-    states (B, S, D) final encoder states; mask (B, S) bool, True at real tokens.
+    states (B, S, D) final encoder states, of any precision; mask (B, S) bool, True at real tokens.
     A sentence without any real token pools to zeros.
     """
-    weights = mask.unsqueeze(-1).to(states.dtype)  # (B, S, 1)
-    return (states * weights).sum(1) / weights.sum(1).clamp(min=1)
+    weights = mask.unsqueeze(-1).float()  # (B, S, 1)
+    return (states.float() * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1)
 
 
 def similarity(a, b):
