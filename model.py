@@ -19,7 +19,7 @@ import pickle
 import re
 import sys
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -50,18 +50,18 @@ class MT5Config:
     def __post_init__(self):
         for name, value in asdict(self).items():
             kind = float if name in ("dropout_rate", "layer_norm_epsilon") else int
-            if type(value) not in (kind, int):
-                raise ValueError(f"config: expected {kind.__name__} for {name}, found {value!r}")
-            if value <= 0 and name != "dropout_rate":
-                raise ValueError(f"config: expected a positive {name}, found {value!r}")
-        if not 0 <= self.dropout_rate < 1:
-            raise ValueError(f"config: expected dropout_rate in [0, 1), found {self.dropout_rate}")
-        if self.relative_attention_num_buckets % 4:
-            raise ValueError("config: expected relative_attention_num_buckets to be a multiple of 4"
-                             f", found {self.relative_attention_num_buckets}")
-        if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 2:
-            raise ValueError("config: expected relative_attention_max_distance above half the "
-                             f"buckets, found {self.relative_attention_max_distance}")
+            least = 0 if name == "dropout_rate" else 1e-30
+            if type(value) not in (kind, int) or not least <= value < 1e12:
+                raise ValueError(f"config: expected a positive {kind.__name__} as {name}, "
+                                 f"found {value!r}")
+        if self.dropout_rate >= 1:
+            raise ValueError(f"config: expected dropout_rate below 1, found {self.dropout_rate}")
+        buckets, distance = (self.relative_attention_num_buckets,
+                             self.relative_attention_max_distance)
+        if buckets % 4 or distance <= buckets // 2:
+            raise ValueError("config: expected relative_attention_num_buckets to be a multiple of "
+                             "4 and relative_attention_max_distance above half of it, found "
+                             f"{buckets} and {distance}")
 
 
 def _size(d_model, d_ff, layers, heads):
@@ -283,40 +283,30 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
-class SelfAttention(nn.Module):
-    """Every source token looks at every other."""
+class Attention(nn.Module):
+    """The four matrices of every kind of attention: queries, keys, values and output."""
 
     def __init__(self, config):
         super().__init__()
-        inner = config.num_heads * config.d_kv
+        inner = config.num_heads * config.d_kv  # mT5-small's is not d_model
         self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
+
+class SelfAttention(Attention):
+    """Every token looks at every other, as far as the bias lets it."""
+
     def forward(self, x, tokens, bias):
-        """Return (N, D) from x (N, D), the tokens' places, and bias (B, H, S, S)."""
+        """Return (N, D) from x (N, D), the tokens' places, and bias (B or 1, H, T, T)."""
         q, k, v = (split(tokens.pad(part(x)), self.heads) for part in (self.q, self.k, self.v))
         return self.o(tokens.pack(attend(q, k, v, bias, self.dropout)))
 
 
-class CausalSelfAttention(nn.Module):
-    """Every target token looks at itself and those before it."""
-
-    def __init__(self, config):
-        super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
-
-    def forward(self, x, tokens, bias):
-        """Return (N, D) from x (N, D), the tokens' places, and bias (1, H, T, T)."""
-        q, k, v = (split(tokens.pad(part(x)), self.heads) for part in (self.q, self.k, self.v))
-        return self.o(tokens.pack(attend(q, k, v, bias, self.dropout)))
+class CausalSelfAttention(SelfAttention):
+    """A target token looks at itself and those before it; the bias hides what comes after."""
 
     def step(self, x, bias, cache, t):
         """Return (N, D) from x (N, D), one token at position t of each of N sequences.
@@ -330,17 +320,8 @@ class CausalSelfAttention(nn.Module):
         return self.o(attend(q, keys, values, bias, self.dropout)[:, 0])
 
 
-class CrossAttention(nn.Module):
-    """Every target token looks at the encoder's states of the source."""
-
-    def __init__(self, config):
-        super().__init__()
-        inner = config.num_heads * config.d_kv
-        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
-        self.q = nn.Linear(config.d_model, inner, bias=False)
-        self.k = nn.Linear(config.d_model, inner, bias=False)
-        self.v = nn.Linear(config.d_model, inner, bias=False)
-        self.o = nn.Linear(inner, config.d_model, bias=False)
+class CrossAttention(Attention):
+    """A target token looks at the source."""
 
     def keys_values(self, states, source):
         """Return keys and values of the source, each (B, H, S, K), from its packed states."""
@@ -656,9 +637,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}; use the "
                          "version of this project that wrote it")
     try:
-        config = MT5Config(**content["config"])
         content["tokenizer"]["model"].numpy()
-        faults = find_faults(content["model"], config)
+        faults = find_faults(content["model"], MT5Config(**content["config"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected config, model and tokenizer of a checkpoint, found a "
                          f"damaged one ({type(error).__name__}: {error})") from None
@@ -667,22 +647,23 @@ def read_checkpoint(path):
     return content
 
 
-def find_faults(weights, config):
-    """Return what is wrong with weights {name: tensor} for a model of config, '' if nothing is."""
-    if config.num_layers + config.num_decoder_layers > len(weights):  # before we build so many
+def find_faults(weights, config, names=None):
+    """Return what is wrong with weights {name: tensor} for config, one line, '' if nothing is.
+
+    names {our name: name in weights}, where they differ.
+    """
+    if config.num_layers + config.num_decoder_layers > len(weights):  # before building so many
         return f"expected {config.num_layers} + {config.num_decoder_layers} layers, found fewer"
-    with torch.device("meta"):
-        wanted = MT5(config).state_dict()
-    return compare({name: tensor.shape for name, tensor in wanted.items()}, weights)
-
-
-def compare(wanted, found):
-    """Return the differences between wanted {name: shape} and found {name: tensor} in one line."""
-    faults = [f"missing {name}" for name in wanted if name not in found]
-    faults += [f"unknown {name}" for name in found if name not in wanted]
-    faults += [f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(wanted[name])} floats"
-               for name, tensor in found.items() if name in wanted
-               and (tensor.shape != wanted[name] or not tensor.is_floating_point())]
+    with torch.device("meta"):  # sizes without memory
+        wanted = {names[name] if names else name: tuple(tensor.shape)
+                  for name, tensor in MT5(config).state_dict().items()}
+    faults = [f"missing {name}" for name in wanted if name not in weights]
+    faults += [f"unknown {name}" for name in weights if name not in wanted]
+    for name, tensor in weights.items():
+        if name in wanted and not torch.is_tensor(tensor):
+            faults.append(f"{name} is no tensor")
+        elif name in wanted and (tensor.shape != wanted[name] or not tensor.is_floating_point()):
+            faults.append(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted[name]}")
     more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
     return f"weights do not fit: {'; '.join(faults[:20])}{more}" if faults else ""
 
@@ -746,9 +727,7 @@ def convert(source, target, trim=()):
     config = infer_config(settings, published, source)
     ignored = set_aside(published, settings, source)
     names = published_names(config)
-    with torch.device("meta"):
-        shapes = {names[name]: tensor.shape for name, tensor in MT5(config).state_dict().items()}
-    if faults := compare(shapes, published):
+    if faults := find_faults(published, config, names):
         raise ValueError(f"{source}: {faults}")
     tokenizer = read_tokenizer(source / "spiece.model", config)
     weights = {ours: published[theirs].float() for ours, theirs in names.items()}
@@ -767,42 +746,38 @@ def convert(source, target, trim=()):
 
 
 def infer_config(settings, published, folder):
-    """Return the MT5Config of published weights: sizes from shapes, settings for what they lack."""
-    blocks = {stack: len({name.split(".")[2] for name in published
-                          if name.startswith(f"{stack}.block.")}) for stack in ("encoder", "decoder")}
-    if settings.get("model_type") == "umt5" or (
-            POSITIONS.format("encoder").replace("block.0", "block.1") in published):
-        raise ValueError(f"{folder}: expected mT5, found umT5, which has position tables in each "
-                         "layer; it is not supported")
+    """Return the MT5Config of published weights: sizes from shapes, the rest from settings."""
+    positions = POSITIONS.format("encoder")
+    if (settings.get("model_type") == "umt5"
+            or positions.replace("block.0", "block.1") in published):
+        raise ValueError(f"{folder}: expected mT5, found umT5, which has a table of positions in "
+                         "each layer: not supported")
     if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-        raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' (mT5), "
-                         f"found {settings['feed_forward_proj']!r}; T5 1.0 is not supported")
-    try:
-        vocab_size, d_model = published["shared.weight"].shape
-        buckets, num_heads = published[POSITIONS.format("encoder")].shape
-        inner, _ = published["encoder.block.0.layer.0.SelfAttention.q.weight"].shape
-        d_ff, _ = published["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"].shape
-    except KeyError as error:
-        raise ValueError(f"{folder}: expected the weights of an mT5, found no {error}") from None
-    except ValueError:
-        raise ValueError(f"{folder}: expected the weights of an mT5, found one that is no matrix "
-                         "among shared, relative_attention_bias, q and wi_0") from None
-    other = {field.name: settings[field.name] for field in fields(MT5Config)
-             if field.name in ("relative_attention_max_distance", "dropout_rate",
-                               "layer_norm_epsilon") and field.name in settings}
-    return MT5Config(vocab_size, d_model, inner // max(1, num_heads), d_ff, blocks["encoder"],
-                     blocks["decoder"], num_heads, buckets, **other)
+        raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' as in mT5, "
+                         f"found {settings['feed_forward_proj']!r}: not supported")
+    rows = {}  # of the matrices that tell the sizes, and their columns
+    for name in ("shared.weight", positions, "encoder.block.0.layer.0.SelfAttention.q.weight",
+                 "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
+        if name not in published or published[name].dim() != 2:
+            raise ValueError(f"{folder}: expected the weights of an mT5, found no matrix {name}")
+        rows[name] = tuple(published[name].shape)
+    (vocab_size, d_model), (buckets, heads), (inner, _), (d_ff, _) = rows.values()
+    depth = [len({name.split(".")[2] for name in published if name.startswith(f"{stack}.block.")})
+             for stack in ("encoder", "decoder")]
+    other = {name: settings[name] for name in (
+        "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon") if name in settings}
+    return MT5Config(vocab_size, d_model, inner // max(1, heads), d_ff, *depth, heads, buckets,
+                     **other)
 
 
 def set_aside(published, settings, folder):
-    """Take from published what is not part of the model; return a line for each saying why."""
+    """Take from published what is not part of the model; return why, a line for each."""
     lines = []
     for name in ALIASES:
-        if name in published and "shared.weight" in published:
+        if name in published:
             same, shared = published.pop(name), published["shared.weight"]
             if same.data_ptr() != shared.data_ptr() and not torch.equal(same, shared):
-                raise ValueError(f"{folder}: expected {name} to equal shared.weight, found another "
-                                 "tensor")
+                raise ValueError(f"{folder}: expected {name} to equal shared.weight, but it differs")
             lines.append(f"{name}, the same as shared.weight")
     if published.pop(STRAY, None) is not None:
         lines.append(f"{STRAY}, which mT5 does not use")
@@ -909,9 +884,12 @@ def read_safetensors(path):
     try:
         header = json.loads(content[8:start])
         header.pop("__metadata__", None)
-        entries = sorted((*entry["data_offsets"], name, DTYPES[entry["dtype"]], entry["shape"])
-                         for name, entry in header.items())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = []
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            entries.append((begin, end, name, DTYPES[entry["dtype"]], list(entry["shape"])))
+        entries.sort(key=lambda entry: entry[:2])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise fault(f"a header with dtype ({', '.join(DTYPES)}), shape and data_offsets of each "
                     f"tensor ({type(error).__name__}: {error})") from None
     tensors, at = {}, 0
