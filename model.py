@@ -15,9 +15,9 @@ import argparse
 import json
 import math
 import mmap
-import pickle
 import re
 import sys
+import warnings
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,8 +111,8 @@ class MT5(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.head:
                 nn.init.normal_(module.weight, std=std[name.rpartition(".")[2]])
-        # mesh-tensorflow draws the head afresh with this same width. Ours starts it as the scaled
-        # embedding: tied at first, so that a small model learns to copy sooner; then they part.
+        # mesh-tensorflow draws the head afresh, with this same width. Ours starts it as the scaled
+        # embedding, as if the two were tied, and lets them part.
         with torch.no_grad():
             self.head.weight.copy_(self.embedding.weight * width ** -0.5)
 
@@ -221,15 +221,14 @@ class Decoder(nn.Module):
 
 
 class Tokens:
-    """Where the real tokens of a padded batch stand.
+    """Where the N real tokens of a padded batch stand.
 
-    Layers work on those alone, X = (N, D) for the N of all sentences; attention alone needs them
-    padded. What all this saves is the share of padding, a third of a ragged batch.
+    Layers work on those alone, (N, D); only attention itself needs them padded. That saves the
+    share of padding, a third of a ragged batch.
     """
 
     def __init__(self, mask):
-        """mask (B, S), True at real tokens."""
-        self.shape = mask.shape
+        self.shape = mask.shape  # (B, S)
         full = torch.compiler.is_compiling() or mask.all()  # compiled code likes constant shapes
         self.places = None if full else mask.flatten().nonzero()[:, 0]
 
@@ -432,8 +431,8 @@ def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
 
 
 def hide(bias, visible):
-    """Return bias with the lowest finite number wherever visible is False."""
-    return torch.where(visible, bias, torch.finfo(bias.dtype).min)
+    """Return bias with the lowest number that is finite in bf16 too wherever visible is False."""
+    return torch.where(visible, bias, torch.finfo(torch.bfloat16).min)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -465,8 +464,8 @@ class HeadLoss(torch.autograd.Function):
             loss += total.log().sum()
             if not any(ctx.needs_input_grad):
                 continue
-            scores.div_(total * len(hidden))
-            slope = scores.scatter_add_(1, label, total.new_full(total.shape, -1 / len(hidden))).to(low)
+            scores.div_(total).scatter_add_(1, label, -torch.ones_like(total))
+            slope = scores.div_(len(hidden)).to(low)
             part_grad.copy_(slope @ weight)
             if weight_grad is None:
                 weight_grad = (slope.mT @ part).to(weight.dtype)
@@ -595,13 +594,8 @@ def save(path, model, tokenizer, **state):
 
     The file is what torch.save makes of a dict of plain types and tensors. Raises OSError.
     """
-    write_checkpoint(path, model.config, dict(model.state_dict()), tokenizer, **state)
-
-
-def write_checkpoint(path, config, weights, tokenizer, **state):
-    """Write the parts of a checkpoint to path; weights {name: tensor}."""
     pieces = torch.frombuffer(bytearray(tokenizer.model), dtype=torch.uint8)
-    content = {"format": FORMAT, "config": asdict(config), "model": weights,
+    content = {"format": FORMAT, "config": asdict(model.config), "model": dict(model.state_dict()),
                "tokenizer": {"model": pieces}, **state}
     write_file(path, lambda file: torch.save(content, file))
 
@@ -612,10 +606,16 @@ def load(path):
     Weights are read from disk when they are first used. Raises what read_checkpoint() raises.
     """
     content = read_checkpoint(path)
+    model = build(MT5Config(**content["config"]), content["model"])
+    return model, Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
+
+
+def build(config, weights):
+    """Return the model of config in eval mode with weights {name: tensor} as they are, no copies."""
     with torch.device("meta"):  # sizes only: no memory, no random numbers
-        model = MT5(MT5Config(**content["config"]))
-    model.load_state_dict(content["model"], assign=True)
-    return model.eval(), Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
+        model = MT5(config)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()
 
 
 def read_checkpoint(path):
@@ -637,7 +637,7 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}; use the "
                          "version of this project that wrote it")
     try:
-        content["tokenizer"]["model"].numpy()
+        Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
         faults = find_faults(content["model"], MT5Config(**content["config"]))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: expected config, model and tokenizer of a checkpoint, found a "
@@ -674,8 +674,11 @@ def read_pickle(path):
     weights_only=True: tensors and plain types; whatever asks for code raises ValueError.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True,
-                          mmap=zipfile.is_zipfile(path))
+        with warnings.catch_warnings(action="ignore"):  # of the pickle's age
+            return torch.load(path, map_location="cpu", weights_only=True,
+                              mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
     except Exception as error:  # a broken file can fail in any way, and each is the file's fault
         code = re.search(r"GLOBAL (\S+)", str(error))
         found = f"one that asks for {code[1]}, which was not run" if code else "a broken one"
@@ -738,7 +741,7 @@ def convert(source, target, trim=()):
         tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
         for name in ("embedding.weight", "head.weight"):
             weights[name] = weights[name][kept]
-    write_checkpoint(target, config, weights, tokenizer)
+    save(target, build(config, weights), tokenizer)
     for line in ignored:
         print(f"ignored: {line}")
     print(f"{target}: {sum(map(torch.Tensor.numel, weights.values())):,} parameters, "
@@ -753,8 +756,8 @@ def infer_config(settings, published, folder):
         raise ValueError(f"{folder}: expected mT5, found umT5, which has a table of positions in "
                          "each layer: not supported")
     if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-        raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' as in mT5, "
-                         f"found {settings['feed_forward_proj']!r}: not supported")
+        raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' as in "
+                         f"mT5, found {settings['feed_forward_proj']!r}: not supported")
     rows = {}  # of the matrices that tell the sizes, and their columns
     for name in ("shared.weight", positions, "encoder.block.0.layer.0.SelfAttention.q.weight",
                  "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
@@ -765,7 +768,8 @@ def infer_config(settings, published, folder):
     depth = [len({name.split(".")[2] for name in published if name.startswith(f"{stack}.block.")})
              for stack in ("encoder", "decoder")]
     other = {name: settings[name] for name in (
-        "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon") if name in settings}
+        "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon")
+        if name in settings}
     return MT5Config(vocab_size, d_model, inner // max(1, heads), d_ff, *depth, heads, buckets,
                      **other)
 
@@ -777,7 +781,7 @@ def set_aside(published, settings, folder):
         if name in published:
             same, shared = published.pop(name), published["shared.weight"]
             if same.data_ptr() != shared.data_ptr() and not torch.equal(same, shared):
-                raise ValueError(f"{folder}: expected {name} to equal shared.weight, but it differs")
+                raise ValueError(f"{folder}: expected {name} to equal shared.weight, it differs")
             lines.append(f"{name}, the same as shared.weight")
     if published.pop(STRAY, None) is not None:
         lines.append(f"{STRAY}, which mT5 does not use")
@@ -824,7 +828,7 @@ def read_json(path):
         raise FileNotFoundError(f"{path}: expected a JSON file, found none")
     try:
         content = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
@@ -845,7 +849,7 @@ def read_weights(folder):
         shards = read_json(folder / name).get("weight_map")
         if not isinstance(shards, dict) or not all(
                 isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
-            raise ValueError(f"{folder / name}: expected weight_map to name a file for each tensor")
+            raise ValueError(f"{folder / name}: expected weight_map to name each tensor's file")
         shards = sorted(set(shards.values()))
     weights = {}
     for shard in shards:
@@ -853,10 +857,12 @@ def read_weights(folder):
             raise FileNotFoundError(f"{folder / shard}: expected by {name}, found none")
         read = read_safetensors if shard.endswith(".safetensors") else read_pickle
         part = read(folder / shard)
-        if not isinstance(part, dict) or not all(map(torch.is_tensor, part.values())):
+        if not isinstance(part, dict) or not all(
+                isinstance(key, str) and torch.is_tensor(value) for key, value in part.items()):
             raise ValueError(f"{folder / shard}: expected tensors by name, found something else")
         if twice := part.keys() & weights.keys():
-            raise ValueError(f"{folder / shard}: expected each tensor once, found again {min(twice)}")
+            raise ValueError(f"{folder / shard}: expected each tensor once, found {min(twice)} "
+                             "in another shard too")
         weights.update(part)
     return weights
 
@@ -894,16 +900,16 @@ def read_safetensors(path):
                     f"tensor ({type(error).__name__}: {error})") from None
     tensors, at = {}, 0
     for begin, end, name, dtype, shape in entries:
-        if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
+        if not all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape)):
             raise fault(f"whole numbers as shape and data_offsets of {name}")
         count = math.prod(shape)
         if begin != at or end - begin != count * dtype.itemsize or start + end > size:
             raise fault(f"{name} {shape} at bytes {at} to {at + count * dtype.itemsize} of "
                         f"{size - start}, found {begin} to {end}")
-        tensors[name], at = torch.empty(shape, dtype=dtype), end
-        if count:
-            tensors[name] = torch.frombuffer(content, dtype=dtype, count=count,
-                                             offset=start + begin).view(shape)
+        at = end
+        tensors[name] = torch.empty(0, dtype=dtype) if not count else torch.frombuffer(
+            content, dtype=dtype, count=count, offset=start + begin)
+        tensors[name] = tensors[name].view(shape)
     if start + at != size:
         raise fault(f"{at} bytes of tensors, found {size - start}")
     return tensors
