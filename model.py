@@ -569,7 +569,8 @@ def beam_search(model, states, mask, max_new_tokens, num_beams):
         ended_scores, order = torch.cat([ended_scores, results], dim=1).topk(num_beams)
         ended = pick(torch.cat([ended, candidates[:, :num_beams]], dim=1), order)
         scores, order = best.masked_fill(ends, -math.inf).topk(num_beams)
-        ids, token, parent = pick(candidates, order), token.gather(1, order), parent.gather(1, order)
+        ids = pick(candidates, order)
+        token, parent = token.gather(1, order), parent.gather(1, order)
 
         going = scores[:, 0] / (t + 1) > ended_scores[:, -1]
         result[rows[~going]] = ended[~going, 0]
@@ -611,7 +612,7 @@ def load(path):
 
 
 def build(config, weights):
-    """Return the model of config in eval mode with weights {name: tensor} as they are, no copies."""
+    """Return the model of config in eval mode, its weights {name: tensor} taken as they are."""
     with torch.device("meta"):  # sizes only: no memory, no random numbers
         model = MT5(config)
     model.load_state_dict(weights, assign=True)
@@ -625,8 +626,8 @@ def read_checkpoint(path):
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path}: expected a checkpoint file, found a folder; a hub folder becomes "
-                         f"one by: python model.py convert {path} FILE")
+        raise ValueError(f"{path}: expected a checkpoint file, found a folder; a hub folder "
+                         f"becomes one by: python model.py convert {path} FILE")
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
     content = read_pickle(path)
@@ -634,8 +635,8 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: expected a checkpoint of this project, found another kind of "
                          "file; a hub folder becomes one by: python model.py convert FOLDER FILE")
     if content["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}; use the "
-                         "version of this project that wrote it")
+        raise ValueError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}; use "
+                         "the version of this project that wrote it")
     try:
         Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
         faults = find_faults(content["model"], MT5Config(**content["config"]))
