@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# The grid behind the README's results: every task, method and seed, then four learning rates.
+# Two runs side by side; start it again after a stop and it goes on with the runs that are missing.
+#     bash toy/grid.sh && python eval.py --compare runs/grid/* --out toy/results/grid.json
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+
+run() {  # NAME ARGUMENTS…
+    local folder=runs/grid/$1
+    shift
+    [ -e "$folder/scores.json" ] && return
+    rm -rf "$folder"
+    python train.py "$@" --eval-every 10 --eval-size 200 --keep 1 --out "$folder" \
+        > "$folder.log" 2>&1 && rm "$folder"/step_*.pt
+}
+export -f run
+
+mkdir -p runs/grid
+for seed in ${SEEDS:-0 1 2 3 4}; do
+    for task in title summary completion; do
+        echo "$task-plain-$seed --task $task --seed $seed"
+        echo "$task-reg-$seed --task $task --seed $seed --reg 0.1"
+        echo "$task-aux-$seed --task $task --seed $seed --train en de"
+        echo "$task-both-$seed --task $task --seed $seed --train en de --reg 0.1"
+        echo "$task-frozen-$seed --task $task --seed $seed --freeze decoder head"
+        echo "$task-mix-$seed --task $task --seed $seed --mix de es fr ru tr"
+        for lr in ${RATES-1e-4 3e-4 5e-4}; do
+            [ "$seed" -gt 2 ] && continue
+            echo "$task-plain-$lr-$seed --task $task --seed $seed --lr $lr"
+            echo "$task-reg-$lr-$seed --task $task --seed $seed --lr $lr --reg 0.1"
+        done
+    done
+done | xargs -P 2 -I LINE bash -c 'run LINE'
