@@ -509,3 +509,24 @@ def test_an_occupied_folder_and_changed_arguments_are_refused(small_run):
 def test_select_and_eval_answer_a_missing_run_in_one_line(tmp_path):
     fails_in_one_line(script("select.py", tmp_path), "args.json", "train.py")
     fails_in_one_line(script("eval.py", tmp_path / "nothing"), "nothing")
+
+
+def test_runs_are_compared_with_intervals_and_the_tables_can_be_printed_again(small_run, tmp_path):
+    folder, _ = small_run
+    finished = script("eval.py", "--compare", folder, folder, "--out", tmp_path / "runs.json")
+    assert finished.returncode == 0, finished.stderr
+    again = script("eval.py", "--compare", tmp_path / "runs.json")
+    assert again.stdout == finished.stdout and "--reg 0.1" in again.stdout
+    last = rows(folder, "eval")[-1]["test"]
+    expected = scoring.mean(last[lang]["rougeL"] for lang in ("de", "ru"))
+    assert f"{expected:.1f} ± 0.0" in finished.stdout
+
+
+def test_an_interval_is_students():
+    assert scoring.interval([1.0, 2.0, 3.0]) == "2.0 ± 2.5"  # 4.30 * 1 / sqrt(3)
+    assert scoring.interval([5.0]) == "5.0"
+
+
+def test_a_loop_is_three_tokens_that_come_again():
+    assert scoring.loops("and the hat and the hat and the hat")
+    assert not scoring.loops("and the hat and the bag") and not scoring.loops("")
