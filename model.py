@@ -8,7 +8,8 @@ What makes mT5 (the T5 1.1 architecture) not the Transformer of the textbook:
 - feed-forward gated by a tanh-GELU; the output head is neither tied to the embedding nor scaled.
 
 Shapes: B sentences, S source tokens, T target tokens, D width, H heads, K width of a head,
-V vocabulary. A mask is True at real tokens.
+V vocabulary; N the real tokens of a batch, in generation the beams of a sentence. A mask is True at
+real tokens.
 """
 
 import argparse
