@@ -73,15 +73,17 @@ def lcs(a, b):
     holds it, with bit j cleared where the row rises at j. Adding does the work of the row's loop.
     Source: Hyyrö, "Bit-Parallel LCS-length Computation Revisited", 2004.
     """
+    if len(a) < len(b):
+        a, b = b, a
     places, bit = {}, 1  # token -> bits of its places in b
+    get = places.get
     for token in b:
-        places[token] = places.get(token, 0) | bit
+        places[token] = get(token, 0) | bit
         bit += bit
     row = bit - 1  # nothing has risen yet
-    for match in map(places.get, a):
-        if match:
-            free = row & match
-            row = (row + free) | (row - free)
+    for match in filter(None, map(get, a)):
+        free = row & match
+        row = (row + free) | (row - free)
     return len(b) - (row & (bit - 1)).bit_count()
 
 
