@@ -183,7 +183,7 @@ class LanguageIdentifier:
     which is log p(text | l) up to a constant, with counts scaled as if every language had shown
     equally many letters, and every language as likely beforehand. The weights are ours: n-grams
     overlap. What the table has never seen says nothing. A language's score is that of its best
-    column: Serbian and Chinese have two.
+    column: Serbian, Chinese and Persian have two.
     path: a table that `python eval.py --train-lid` wrote; raises ValueError where it is not.
     """
 
