@@ -1,22 +1,31 @@
 """All tests: `python -m pytest`. Formulas against numbers that can be redone on paper, properties,
 parity with the tools in use, and each script as a user starts it."""
 
+import io
 import json
 import math
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import sentencepiece
 import torch
+import transformers
 
 import data
 import eval as scoring
 import model as mt5
 import train
 import xlrs
+from data import EOS, IGNORE, PAD, Tokenizer
+from model import MT5, SIZES, MT5Config, convert, export, load, read_checkpoint, save
 
+transformers.logging.set_verbosity_error()
 HERE = Path(__file__).parent
 
 
@@ -331,6 +340,666 @@ def test_data_loader_workers_start_beside_our_select(tmp_path, method):
     path.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + code)
     finished = script(path)
     assert finished.returncode == 0, finished.stderr
+
+
+# model.py: parity, conversion, damaged files -------------------------------------------------------
+
+TEXTS = ["The cat sat on the mat.", "Die Katze saß auf der Matte.", "Кошка сидела на ковре.",
+         "Le chat était assis sur le tapis.", "猫はマットの上に座った。", "แมวนั่งบนเสื่อ", ""]
+WRITABLE = TEXTS[:4]  # transformers' own tokenizer has no byte fallback: it writes <unk>
+SHAPES = {  # the last is mT5-small's true shape, with fewer pieces
+    "width unlike heads": dict(d_model=96, d_kv=16, d_ff=80, num_layers=2, num_decoder_layers=2,
+                               num_heads=4),
+    "unequal depth": dict(d_model=64, d_kv=16, d_ff=96, num_layers=3, num_decoder_layers=1,
+                          num_heads=4),
+    "mT5-small": dict(d_model=512, d_kv=64, d_ff=1024, num_layers=8, num_decoder_layers=8,
+                      num_heads=6),
+}
+TINY = SHAPES["unequal depth"]
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """The bytes of a small SentencePiece model with mT5's settings."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:5] * 20), model_writer=out, vocab_size=480, minloglevel=2,
+        model_type="unigram", byte_fallback=True, normalization_rule_name="nmt_nfkc",
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, character_coverage=0.98,
+        user_defined_symbols=[f"▁<extra_id_{i}>" for i in reversed(range(100))])
+    return out.getvalue()
+
+
+def hub_weights(config, seed=0):
+    """Return random weights under the published names, with a head of its own.
+
+    Positions and head are spread so that outputs depend on them; the end token's row is larger, so
+    that outputs end at different lengths.
+    """
+    names = {name: getattr(config, name) for name in config.__dataclass_fields__}
+    with torch.device("meta"):
+        shapes = transformers.MT5ForConditionalGeneration(
+            transformers.MT5Config(**names)).state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, tensor in shapes.items():
+        scale = tensor.shape[-1] ** -0.5
+        scale = 1 if "shared" in name or "relative" in name or "layer_norm" in name else scale
+        scale = scale * config.d_kv ** -0.5 if ".q." in name else scale
+        weights[name] = torch.randn(tensor.shape, generator=generator) * scale
+        if "layer_norm" in name:
+            weights[name] = 1 + weights[name] / 10
+    weights["lm_head.weight"] = weights["lm_head.weight"] * 3
+    weights["lm_head.weight"][EOS] *= 3
+    for alias in mt5.ALIASES:
+        weights[alias] = weights["shared.weight"]
+    return weights
+
+
+def hub_folder(folder, pieces, config, form="pytorch_model.bin", weights=None, **settings):
+    """Write a folder like those of the hub, with the weights in one of four forms."""
+    folder.mkdir(exist_ok=True)
+    weights = weights or hub_weights(config)
+    settings = {**{name: getattr(config, name) for name in config.__dataclass_fields__},
+                "model_type": "mt5", "feed_forward_proj": "gated-gelu",
+                "tie_word_embeddings": False, "architectures": ["MT5ForConditionalGeneration"],
+                "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0,
+                **settings}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "spiece.model").write_bytes(pieces)
+    if form.endswith("safetensors") or "safetensors.index" in form:
+        weights = {name: tensor for name, tensor in weights.items() if name not in mt5.ALIASES}
+    def write(part, path):
+        safetensors.torch.save_file(part, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(
+            part, path)
+    if not form.endswith(".index.json"):
+        write(weights, folder / form)
+        return folder
+    stem, suffix = form.removesuffix(".index.json").rsplit(".", 1)
+    where = {}
+    for shard in range(2):
+        name = f"{stem}-{shard + 1:05}-of-00002.{suffix}"
+        part = dict(list(weights.items())[shard::2])
+        write(part, folder / name)
+        where.update(dict.fromkeys(part, name))
+    (folder / form).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+def both(folder):
+    """Return (our model, transformers') of one hub folder."""
+    convert(folder, folder / "ours.pt")
+    theirs = transformers.MT5ForConditionalGeneration.from_pretrained(folder).eval()
+    assert theirs.lm_head.weight.data_ptr() != theirs.shared.weight.data_ptr()
+    return load(folder / "ours.pt")[0], theirs
+
+
+def batch(vocab_size=400, sentences=5, source=37, target=11, side="right"):
+    """Return ids, mask and labels of ragged lengths."""
+    generator = torch.Generator().manual_seed(1)
+    def real(longest):
+        lengths = torch.randint(2, longest + 1, (sentences, 1), generator=generator)
+        lengths[0] = longest
+        return torch.arange(longest)[None] < lengths
+    mask, kept = real(source), real(target)
+    ids = torch.randint(3, vocab_size, mask.shape, generator=generator).masked_fill(~mask, PAD)
+    labels = torch.randint(3, vocab_size, kept.shape, generator=generator)
+    if side == "left":
+        ids, mask = ids.flip(1), mask.flip(1)
+    return ids, mask, labels.masked_fill(~kept, IGNORE)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def pair(request, tmp_path_factory, pieces):
+    config = MT5Config(vocab_size=len(Tokenizer(pieces)) + 12, **SHAPES[request.param])
+    folder = hub_folder(tmp_path_factory.mktemp("hub"), pieces, config)
+    return both(folder)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_and_loss_equal_those_of_transformers(pair, side):
+    ours, theirs = pair
+    ids, mask, labels = batch(side=side)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long(), labels=labels)
+        real = labels != IGNORE
+        assert relative(ours.logits(ids, mask, labels)[real], expected.logits[real]) < 2e-5
+        states = theirs.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+        assert relative(ours.encode(ids, mask)[mask], states[mask]) < 2e-5
+        assert ours(ids, mask, labels).item() == pytest.approx(expected.loss.item(), rel=2e-6)
+
+
+def test_gradients_equal_those_of_transformers(pair):
+    ours, theirs = pair
+    ids, mask, labels = batch()
+    (ours(ids, mask, labels) * 2).backward()  # a factor, as the regulariser's λ might be one
+    (theirs(input_ids=ids, attention_mask=mask.long(), labels=labels).loss * 2).backward()
+    published = dict(theirs.named_parameters())
+    names = mt5.published_names(ours.config)
+    for name, parameter in ours.named_parameters():
+        assert relative(parameter.grad, published[names[name]].grad) < 2e-5, name
+        parameter.grad = published[names[name]].grad = None
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_generated_tokens_equal_those_of_transformers(pair, beams):
+    ours, theirs = pair
+    ids, mask, _ = batch(sentences=8)
+    found = ours.generate(ids, mask, 24, beams)
+    expected = theirs.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=24,
+                               num_beams=beams, do_sample=False)[:, 1:]
+    ended = (expected == EOS).cumsum(1) - (expected == EOS).long() > 0
+    expected = expected.masked_fill(ended, PAD)  # its beam search fills up with </s>
+    found, expected = (torch.nn.functional.pad(x, (0, 24 - x.shape[1])) for x in (found, expected))
+    assert found.tolist() == expected.tolist()
+    assert len(set((found != PAD).sum(1).tolist())) > 2, "the lengths should differ"
+
+
+@pytest.mark.parametrize("beams", [1, 4])
+def test_a_sentence_is_answered_alike_alone_and_in_a_batch(pair, beams):
+    ours, _ = pair
+    ids, mask, _ = batch(sentences=6)
+    together = ours.generate(ids, mask, 20, beams)
+    for row in range(6):
+        alone = ours.generate(ids[row:row + 1, mask[row]], mask[row:row + 1, mask[row]], 20, beams)
+        assert alone[0].tolist() == together[row, :alone.shape[1]].tolist()
+        assert not together[row, alone.shape[1]:].any()
+
+
+def test_padding_on_either_side_changes_nothing(pair):
+    ours, _ = pair
+    ids, mask, labels = batch(sentences=1)
+    with torch.no_grad():
+        states, loss = ours.encode(ids, mask), ours(ids, mask, labels)
+        for left, right in [(0, 9), (9, 0), (4, 70)]:
+            wide, wide_mask = (torch.nn.functional.pad(x, (left, right)) for x in (ids, mask))
+            found = ours.encode(wide, wide_mask)
+            assert relative(found[:, left:left + ids.shape[1]], states) < 1e-5
+            assert not found[~wide_mask].any(), "states at padding are zero"
+            more = torch.nn.functional.pad(labels, (0, right), value=IGNORE)
+            assert ours(wide, wide_mask, more).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_a_sentence_without_any_token_gives_no_nan():
+    model = MT5(MT5Config(vocab_size=300, **TINY)).eval()
+    ids, mask = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[False] * 4, [True] * 4])
+    assert mt5.hide(torch.zeros(1), torch.tensor([False])).bfloat16().isfinite()
+    for low in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            with torch.no_grad():
+                assert model.encode(ids, mask).isfinite().all()
+                assert model.generate(ids, mask, 3).shape == (2, 3)
+            assert model(ids, mask, torch.tensor([[5], [6]])).isfinite()
+
+
+def test_bf16_is_as_close_to_float32_as_in_transformers(pair):
+    ours, theirs = pair
+    ids, mask, labels = batch(sentences=16)
+    real = labels != IGNORE
+    inputs = dict(input_ids=ids, attention_mask=mask.long(), labels=labels)
+    with torch.no_grad():
+        exact = theirs(**inputs).logits[real]
+        with torch.autocast("cpu", torch.bfloat16):
+            found, expected = ours.logits(ids, mask, labels)[real], theirs(**inputs).logits[real]
+            loss = ours(ids, mask, labels)
+    error = lambda logits: (logits.float() - exact).square().mean().sqrt().item()  # noqa: E731
+    assert error(found) < 1.05 * error(expected)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(ours(ids, mask, labels).item(), rel=0.01)
+
+
+def test_buckets_equal_a_table_made_by_hand():
+    """32 buckets both ways: 16 a side, 8 exact, then 8 + floor(8 · ln(d / 8) / ln(128 / 8))."""
+    def both_ways(*distances):
+        return mt5.bucket(torch.tensor(distances), True).tolist()
+    assert both_ways(0, -1, -2, -7, 1, 2, 7) == [0, 1, 2, 7, 17, 18, 23]
+    assert both_ways(-8, -11, -12, -15, -16, -22, -23) == [8, 8, 9, 9, 10, 10, 11]
+    assert both_ways(-31, -32, -63, -64, -90, -91, -127, -128, -999) == [
+        11, 12, 13, 14, 14, 15, 15, 15, 15]
+    assert both_ways(16, 64, 91, 999) == [26, 30, 31, 31]
+    def looking_back(*distances):  # all 32 for what is behind: 16 exact
+        return mt5.bucket(torch.tensor(distances), False).tolist()
+    assert looking_back(5, 1, 0, -1, -15) == [0, 0, 0, 1, 15]
+    assert looking_back(-16, -18, -19, -31, -32, -113, -128, -999) == [
+        16, 16, 17, 21, 21, 31, 31, 31]
+
+
+def test_buckets_equal_those_of_transformers_at_every_distance():
+    attention = transformers.models.mt5.modeling_mt5.MT5Attention
+    distances = torch.arange(-600, 601)
+    for both_ways in (True, False):
+        expected = attention._relative_position_bucket(distances, both_ways, 32, 128)
+        assert mt5.bucket(distances, both_ways).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("scores", [1, 2000, 2**26])
+def test_the_loss_in_parts_has_the_gradient_of_the_plain_one(monkeypatch, scores):
+    monkeypatch.setattr(mt5.HeadLoss, "SCORES", scores)
+    torch.manual_seed(0)
+    target = torch.randint(0, 300, (23,))
+    def gradients(loss):
+        hidden = torch.randn(23, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        weight = torch.randn(300, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        value = loss(hidden, weight)
+        (3 * value).backward()
+        return value.detach(), hidden.grad, weight.grad
+    found = gradients(lambda hidden, weight: mt5.HeadLoss.apply(hidden, weight, target))
+    expected = gradients(lambda hidden, weight: torch.nn.functional.cross_entropy(
+        hidden @ weight.T, target))
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_head_may_be_frozen():
+    model = MT5(MT5Config(vocab_size=300, **TINY))
+    model.head.requires_grad_(False)
+    model(*batch(300)).backward()
+    assert model.head.weight.grad is None
+    assert model.embedding.weight.grad.any()
+
+
+def test_dropout_zeroes_its_rate_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropout = mt5.Dropout(0.1)
+    x = torch.ones(1000, 1001)
+    y = dropout(x)
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.001)
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
+    assert (y[:, 0::4] == 0).float().mean().item() == pytest.approx(0.1, abs=0.002)
+    assert dropout.eval()(x) is x
+    assert mt5.Dropout(0.0)(x) is x
+
+
+def test_training_differs_by_dropout_and_repeats_with_its_seed():
+    model = MT5(MT5Config(vocab_size=300, **TINY))
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model(*batch(300)).item()
+    assert loss(1) == loss(1) != loss(2)
+    model.eval()
+    assert loss(1) == loss(2)
+
+
+def test_each_weight_starts_at_mesh_tensorflows_scale():
+    torch.manual_seed(0)
+    model = MT5(MT5Config(vocab_size=500, d_model=96, d_kv=16, d_ff=200, num_heads=4))
+    layer = model.decoder.layers[3]
+    expected = {model.embedding: 1, layer.attention.q: (96 * 16) ** -0.5, layer.cross.k: 96 ** -0.5,
+                layer.attention.v: 96 ** -0.5, layer.cross.o: 64 ** -0.5,
+                layer.feed_forward.gate: 96 ** -0.5, layer.feed_forward.up: 96 ** -0.5,
+                layer.feed_forward.down: 200 ** -0.5, model.head: 96 ** -0.5}
+    for module, std in expected.items():
+        assert module.weight.std().item() == pytest.approx(std, rel=0.05)
+    assert model.encoder.positions.weight.std().item() == pytest.approx(96 ** -0.5, rel=0.3)
+    assert (layer.cross_norm.weight == 1).all()
+
+
+def test_the_sizes_have_the_published_numbers_of_parameters():
+    published = {"small": 300_176_768, "base": 582_401_280, "large": 1_229_581_312,
+                 "xl": 3_742_619_648, "xxl": 12_921_057_280}
+    for name, count in published.items():
+        with torch.device("meta"):
+            assert sum(p.numel() for p in MT5(SIZES[name]).parameters()) == count
+
+
+@pytest.mark.parametrize("wrong", [dict(d_model=0), dict(num_heads=-1), dict(d_kv="64"),
+                                   dict(dropout_rate=1.0), dict(vocab_size=True),
+                                   dict(relative_attention_num_buckets=6),
+                                   dict(relative_attention_max_distance=16),
+                                   dict(layer_norm_epsilon=math.nan)])
+def test_impossible_sizes_are_refused_in_one_line(wrong):
+    with pytest.raises(ValueError) as error:
+        MT5Config(**wrong)
+    assert next(iter(wrong)) in str(error.value) and "\n" not in str(error.value)
+
+
+# Conversion.
+
+FORMS = ["pytorch_model.bin", "model.safetensors", "pytorch_model.bin.index.json",
+         "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_hub_folder_converts_to_the_same_weights(tmp_path, pieces, form, capsys):
+    config = MT5Config(vocab_size=500, relative_attention_max_distance=64, **TINY)
+    weights = {**hub_weights(config), mt5.STRAY: torch.zeros(32, 4)}
+    folder = hub_folder(tmp_path / "hub", pieces, config, form, weights, model_type="t5",
+                        vocab_size=7, num_heads=99)  # what shapes tell is taken from them
+    assert mt5.main(["convert", str(folder), str(tmp_path / "x.pt")]) == 0
+    assert "ignored: " + mt5.STRAY in capsys.readouterr().out
+    model, tokenizer = load(tmp_path / "x.pt")
+    assert model.config == config
+    assert tokenizer.model == pieces
+    for ours, theirs in mt5.published_names(config).items():
+        assert torch.equal(model.state_dict()[ours], weights[theirs])
+
+
+def test_half_precision_and_old_torch_files_convert(tmp_path, pieces):
+    config = MT5Config(vocab_size=500, **TINY)
+    weights = {name: tensor.bfloat16() for name, tensor in hub_weights(config).items()}
+    folder = hub_folder(tmp_path / "hub", pieces, config, weights=weights)
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    convert(folder, tmp_path / "x.pt")
+    model, _ = load(tmp_path / "x.pt")
+    assert model.head.weight.dtype == torch.float32
+    assert torch.equal(model.head.weight, weights["lm_head.weight"].float())
+
+
+def test_a_model_that_transformers_saved_with_a_tied_head_converts(tmp_path, pieces):
+    config = MT5Config(vocab_size=500, **TINY)
+    weights = hub_weights(config)
+    del weights["lm_head.weight"]
+    folder = hub_folder(tmp_path / "hub", pieces, config, weights=weights, tie_word_embeddings=True)
+    convert(folder, tmp_path / "x.pt")
+    model, _ = load(tmp_path / "x.pt")
+    theirs = transformers.MT5ForConditionalGeneration.from_pretrained(folder).eval()
+    ids, mask, labels = batch()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long(), labels=labels).loss.item()
+        assert model(ids, mask, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def one_line(error, *words):
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message, message
+
+
+def test_missing_unknown_and_misshapen_weights_are_all_named(tmp_path, pieces):
+    config = MT5Config(vocab_size=500, **TINY)
+    weights = hub_weights(config)
+    del weights["encoder.block.1.layer.0.SelfAttention.k.weight"]
+    weights["surprise.weight"] = torch.zeros(2)
+    weights["decoder.final_layer_norm.weight"] = torch.zeros(3)
+    folder = hub_folder(tmp_path / "hub", pieces, config, weights=weights)
+    with pytest.raises(ValueError) as error:
+        convert(folder, tmp_path / "x.pt")
+    one_line(error, "missing encoder.block.1.layer.0.SelfAttention.k.weight",
+             "unknown surprise.weight", "decoder.final_layer_norm.weight is (3,)")
+    assert not (tmp_path / "x.pt").exists()
+
+
+def test_what_is_not_mt5_is_refused_by_name(tmp_path, pieces):
+    config = MT5Config(vocab_size=500, **TINY)
+    def error_of(weights=None, **settings):
+        folder = hub_folder(tmp_path / "hub", pieces, config, weights=weights, **settings)
+        with pytest.raises(ValueError) as error:
+            convert(folder, tmp_path / "x.pt")
+        return error
+    one_line(error_of(model_type="umt5"), "umT5")
+    extra = {"encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight":
+             torch.zeros(32, 4)}
+    one_line(error_of({**hub_weights(config), **extra}), "umT5")
+    one_line(error_of(feed_forward_proj="relu"), "gated-gelu")
+    one_line(error_of({"bert.embeddings": torch.zeros(3)}), "no matrix shared.weight")
+    one_line(error_of({**hub_weights(config), mt5.ALIASES[0]: torch.zeros(500, 64)}),
+             mt5.ALIASES[0], "shared.weight")
+
+
+@pytest.mark.parametrize("missing", ["config.json", "spiece.model", "pytorch_model.bin"])
+def test_a_missing_file_of_a_hub_folder_is_named(tmp_path, pieces, missing, capsys):
+    folder = hub_folder(tmp_path / "hub", pieces, MT5Config(vocab_size=500, **TINY))
+    (folder / missing).unlink()
+    assert mt5.main(["convert", str(folder), str(tmp_path / "x.pt")]) == 2
+    message = capsys.readouterr().err
+    assert missing in message and message.count("\n") == 1
+
+
+def test_an_index_cannot_name_a_file_outside_its_folder(tmp_path, pieces):
+    folder = hub_folder(tmp_path / "hub", pieces, MT5Config(vocab_size=500, **TINY), FORMS[3])
+    (folder / FORMS[3]).write_text(json.dumps({"weight_map": {"a": "../secret.safetensors"}}))
+    with pytest.raises(ValueError, match="weight_map"):
+        convert(folder, tmp_path / "x.pt")
+
+
+def header(entries, length=None, data=b"\0" * 16):
+    text = json.dumps(entries).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"1234567", header({}, length=10**6), header({}, length=2**63), header([1]),
+    header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 20]}}),
+    header({"a": {"dtype": "F32", "shape": [5], "data_offsets": [0, 20]}}),
+    header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}),
+    header({"a": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}),
+    header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}}),
+    header({"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}),
+    header({"a": {"dtype": "F32", "shape": [2.0, 2], "data_offsets": [0, 16]}}),
+    header({"a": {"dtype": "F32", "shape": "4", "data_offsets": [0, 16]}}),
+    header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16, 3]}}),
+    header({"a": {"dtype": "F32", "shape": [4], "data_offsets": 7}}),
+    header({"a": {"dtype": "I8", "shape": [16], "data_offsets": [0, 16]}}),
+    header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "b": {"dtype": "F32", "shape": [3], "data_offsets": [4, 16]}}),
+    header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 2**82]}}),
+    header({"a": {"dtype": "F32", "shape": [0, 2**62], "data_offsets": [0, 0]}}),
+    (2).to_bytes(8, "little") + b"\xff\xfe" + b"\0" * 16,
+])
+def test_a_damaged_safetensors_file_is_refused_in_one_line(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        mt5.read_safetensors(path)
+    one_line(error, str(path))
+
+
+def test_safetensors_are_read_as_their_own_library_wrote_them(tmp_path):
+    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.zeros(0, 3),
+               "d": torch.tensor(2.5), "e": torch.randn(3).half(), "f": torch.randn(2).double()}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    found = mt5.read_safetensors(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+               for name, tensor in tensors.items())
+
+
+def test_safetensors_are_written_as_their_own_library_reads_them():
+    for name in ("a", "ab", "abc"):
+        tensors = {name: torch.randn(3, 5), "t": torch.randn(5, 3).T}
+        file = io.BytesIO()
+        mt5.write_safetensors(tensors, file)
+        found = safetensors.torch.load(file.getvalue())
+        assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
+        assert int.from_bytes(file.getvalue()[:8], "little") % 8 == 0, "tensors should be aligned"
+
+
+# Export and trimming.
+
+def test_an_exported_folder_gives_the_same_logits_and_ids_in_transformers(tmp_path, pieces):
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(pieces)
+    model = MT5(MT5Config(vocab_size=500, dropout_rate=0.2, **TINY)).eval()
+    save(tmp_path / "x.pt", model, tokenizer, step=7)
+    export(tmp_path / "x.pt", tmp_path / "deep" / "folder")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "deep" / "folder").eval()
+    ids, mask, labels = batch()
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, attention_mask=mask.long(), labels=labels).logits
+        assert relative(model.logits(ids, mask, labels)[labels != IGNORE],
+                        expected[labels != IGNORE]) < 2e-5
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "deep" / "folder")
+    assert len(their_tokenizer) == len(tokenizer), "no sentinels added to those it has"
+    for text in WRITABLE:
+        assert their_tokenizer(text).input_ids == tokenizer.encode(text), text
+    convert(tmp_path / "deep" / "folder", tmp_path / "y.pt")
+    again, _ = load(tmp_path / "y.pt")
+    assert again.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+
+
+def test_trimming_keeps_segmentation_states_and_scores(tmp_path, pieces, capsys):
+    config = MT5Config(vocab_size=500, **TINY)
+    folder = hub_folder(tmp_path / "hub", pieces, config)
+    (tmp_path / "a.txt").write_text("\n".join(TEXTS[:1]), encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": 3, "text": TEXTS[1]}) + "\n\n")
+    convert(folder, tmp_path / "full.pt")
+    assert mt5.main(["convert", str(folder), str(tmp_path / "small.pt"), "--trim",
+                     str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")]) == 0
+    (full, tokenizer), (small, trimmed) = load(tmp_path / "full.pt"), load(tmp_path / "small.pt")
+    kept = tokenizer.needed(TEXTS[:2])
+    assert len(trimmed) == len(kept) == small.config.vocab_size < len(tokenizer)
+    assert len(trimmed.sentinels()) == 100
+    for text in TEXTS[:2]:
+        ids, few = tokenizer.encode(text), trimmed.encode(text)
+        assert [kept[i] for i in few] == ids
+        assert trimmed.decode(few) == tokenizer.decode(ids)
+        ids, few = torch.tensor([ids]), torch.tensor([few])
+        with torch.no_grad():
+            everywhere = torch.ones_like(ids, dtype=torch.bool)
+            assert relative(small.encode(few, everywhere), full.encode(ids, everywhere)) < 1e-6
+            assert relative(small.logits(few, everywhere, few),
+                            full.logits(ids, everywhere, ids)[:, :, kept]) < 1e-6
+    for text in TEXTS:  # any text can still be written
+        assert trimmed.decode(trimmed.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+    export(tmp_path / "small.pt", tmp_path / "out")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert all(theirs(text).input_ids == trimmed.encode(text) for text in TEXTS[:2])
+
+
+# The tokenizer.
+
+def test_the_tokenizer_has_mt5s_special_ids_and_sentinels(pieces):
+    tokenizer = Tokenizer(pieces)
+    assert [tokenizer.pieces.id_to_piece(i) for i in (PAD, EOS, 2)] == ["<pad>", "</s>", "<unk>"]
+    sentinels = tokenizer.sentinels()
+    assert len(set(sentinels)) == 100
+    assert tokenizer.pieces.id_to_piece(sentinels[0]) == "▁<extra_id_0>"
+    assert sentinels == list(range(sentinels[0], sentinels[0] - 100, -1)), "backwards, as in mT5"
+    assert tokenizer.encode("<extra_id_7>") == [sentinels[7], EOS]
+    assert "<extra_id_3>" in tokenizer.decode([sentinels[3], *tokenizer.encode("cat")])
+
+
+def test_the_tokenizer_normalises_falls_back_to_bytes_and_stops_at_the_end(pieces):
+    tokenizer = Tokenizer(pieces)
+    assert tokenizer.encode("the\ncat\tsat") == tokenizer.encode("the cat sat")
+    assert tokenizer.encode("ｃａｔ") == tokenizer.encode("cat")
+    assert tokenizer.encode("") == [EOS]
+    ids = tokenizer.encode("ก")  # not among the pieces: three bytes of UTF-8
+    assert [tokenizer.pieces.id_to_piece(i) for i in ids[-4:-1]] == ["<0xE0>", "<0xB8>", "<0x81>"]
+    assert tokenizer.decode(ids) == "ก"
+    cat = tokenizer.encode("cat")
+    assert tokenizer.decode([PAD, *cat, *tokenizer.encode("mat"), IGNORE, 10**6]) == "cat"
+    assert tokenizer.decode([*cat[:-1], IGNORE, 10**6]) == "cat"
+
+
+def test_all_pieces_kept_leave_the_tokenizer_as_it_was(pieces):
+    tokenizer = Tokenizer(pieces)
+    assert tokenizer.only(range(len(tokenizer))).model == pieces
+
+
+def test_other_bytes_are_no_tokenizer():
+    for content in (b"junk", b"\x0a\xff\xff"):
+        with pytest.raises(ValueError, match="SentencePiece"):
+            Tokenizer(content)
+
+
+# Checkpoints.
+
+@pytest.fixture
+def saved(tmp_path, pieces):
+    torch.manual_seed(0)
+    model = MT5(MT5Config(vocab_size=500, **TINY))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(*batch()).backward()
+    optimizer.step()
+    save(tmp_path / "x.pt", model, Tokenizer(pieces), step=3, optimizer=optimizer.state_dict(),
+         random=torch.get_rng_state(), args={"lr": 1e-3, "test": ["de", None]})
+    return tmp_path / "x.pt", model, optimizer
+
+
+def test_a_checkpoint_returns_what_was_saved(saved):
+    path, model, optimizer = saved
+    content = read_checkpoint(path)
+    assert (content["step"], content["args"]) == (3, {"lr": 1e-3, "test": ["de", None]})
+    found = content["optimizer"]["state"]
+    assert all(torch.equal(found[i]["exp_avg"], state["exp_avg"])
+               for i, state in optimizer.state_dict()["state"].items())
+    loaded, _ = load(path)
+    assert not loaded.training and loaded.config == model.config
+    assert all(torch.equal(a, b) and b.requires_grad
+               for a, b in zip(model.parameters(), loaded.parameters()))
+
+
+def test_a_loaded_model_learns_without_changing_its_file(saved):
+    path, _, _ = saved
+    before = path.read_bytes()
+    model, tokenizer = load(path)
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=0.1)
+    model(*batch()).backward()
+    optimizer.step()
+    assert path.read_bytes() == before
+    save(path, model, tokenizer)  # onto the file it came from
+    assert torch.equal(load(path)[0].head.weight, model.head.weight)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda content: b"junk", "torch.save"),
+    (lambda content: b"", "torch.save"),
+    (lambda content: content[:len(content) // 2], "torch.save"),
+    (lambda content: pickle.dumps(Harmful(), protocol=2), "system"),
+    (lambda content: {"x": Harmful()}, "system"),
+    (lambda content: {"shared.weight": torch.zeros(2)}, "convert"),
+    (lambda content: [1, 2], "convert"),
+    (lambda content: {**content, "format": "xlrs-mt5 99"}, "'xlrs-mt5 99'"),
+    (lambda content: {k: v for k, v in content.items() if k != "tokenizer"}, "tokenizer"),
+    (lambda content: {k: v for k, v in content.items() if k != "model"}, "model"),
+    (lambda content: {**content, "config": {**content["config"], "depth": 3}}, "depth"),
+    (lambda content: {**content, "config": {**content["config"], "num_heads": 0}}, "num_heads"),
+    (lambda content: {**content, "config": {**content["config"], "num_layers": 10**9}}, "layers"),
+    (lambda content: {**content, "config": {**content["config"], "d_ff": 3}}, "down.weight"),
+    (lambda content: {**content, "model": {**content["model"], "more": torch.zeros(1)}}, "more"),
+    (lambda content: {**content, "model": {**content["model"], "head.weight": 3}}, "head.weight"),
+    (lambda content: {**content, "model": {**content["model"], "head.weight": torch.zeros(
+        500, 64, dtype=torch.int8)}}, "head.weight"),
+    (lambda content: {**content, "model": 5}, "damaged"),
+    (lambda content: {**content, "tokenizer": {"model": b"junk"}}, "damaged"),
+])
+def test_a_file_that_is_no_whole_checkpoint_is_refused_in_one_line(saved, damage, words):
+    path, _, _ = saved
+    raw = damage(path.read_bytes()) if words in ("torch.save",) else None
+    if raw is None:
+        content = torch.load(path, weights_only=True)
+        raw = damage(content)
+    if isinstance(raw, bytes):
+        path.write_bytes(raw)
+    else:
+        torch.save(raw, path)
+    with pytest.raises(ValueError) as error:
+        load(path)
+    one_line(error, str(path), words)
+    assert not Path("harm").exists()
+
+
+def test_no_file_and_a_folder_are_told_apart(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        load(tmp_path / "none.pt")
+    one_line(error, "none.pt")
+    with pytest.raises(ValueError, match="convert"):
+        load(tmp_path)
+
+
+def test_the_command_line_ends_mistakes_with_one_line_and_code_2(tmp_path):
+    def run(*args):
+        return subprocess.run([sys.executable, mt5.__file__, *args], capture_output=True, text=True)
+    (tmp_path / "junk.pt").write_bytes(pickle.dumps(Harmful()))
+    result = run("export", str(tmp_path / "junk.pt"), str(tmp_path / "out"))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert mt5.main(["convert", str(tmp_path / "none"), str(tmp_path / "x.pt")]) == 2
+    with pytest.raises(SystemExit) as end:
+        mt5.main(["convert"])
+    assert end.value.code == 2
 
 
 # train.py, select.py, eval.py: a run --------------------------------------------------------------
