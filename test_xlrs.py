@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -1000,6 +1001,251 @@ def test_the_command_line_ends_mistakes_with_one_line_and_code_2(tmp_path):
     with pytest.raises(SystemExit) as end:
         mt5.main(["convert"])
     assert end.value.code == 2
+
+
+# eval.py: ROUGE-L and the language identifier ----------------------------------------------------
+
+GREETINGS = {
+    "en": "The weather is nice today.", "de": "Heute ist das Wetter schön.",
+    "fr": "Il fait beau aujourd’hui.", "es": "Hoy hace muy buen tiempo.",
+    "tr": "Bugün hava çok güzel.", "ru": "Сегодня хорошая погода.",
+    "el": "Σήμερα ο καιρός είναι καλός.", "ar": "الطقس جميل اليوم.", "he": "מזג האוויר יפה היום.",
+    "hi": "आज मौसम बहुत अच्छा है।", "th": "วันนี้อากาศดีมาก", "zh": "今天天气很好。",
+    "ja": "今日はとても天気がいいです。", "ko": "오늘 날씨가 아주 좋습니다.", "vi": "Hôm nay thời tiết rất đẹp.",
+    "ka": "დღეს კარგი ამინდია.", "am": "ዛሬ አየሩ ጥሩ ነው።", "my": "ဒီနေ့ ရာသီဥတု ကောင်းတယ်။",
+    "lo": "ມື້ນີ້ອາກາດດີຫຼາຍ", "km": "ថ្ងៃនេះអាកាសធាតុល្អណាស់", "bo": "དེ་རིང་གནམ་གཤིས་ཡག་པོ་འདུག",
+}
+
+
+@pytest.fixture(scope="module")
+def identifier():
+    return scoring.LanguageIdentifier()
+
+
+@pytest.fixture(scope="module")
+def three_words(tmp_path_factory):
+    """A table of three words: German "ab" twice, English "ba"."""
+    folder = tmp_path_factory.mktemp("ntrex")
+    (folder / "newstest2019-ref.deu.txt").write_text("ab\r\n\r\nab\r\n")
+    (folder / "newstest2019-src.eng.txt").write_text("ba\n")
+    scoring.train_lid(folder, folder / "table.bin")
+    return folder
+
+
+def test_rouge_l_is_the_fraction_worked_by_hand():
+    # a b c d against a c e: the subsequence a c, so 2 · 2 / (4 + 3)
+    assert scoring.rouge_l(["a b c d"], ["A, c! e"]).tolist() == pytest.approx([4 / 7])
+    # order counts: of b a and a b only one token is a subsequence
+    assert scoring.rouge_l(["b a"], ["a b"]).tolist() == pytest.approx([1 / 2])
+    # a token is used once: a a a against a
+    assert scoring.rouge_l(["a a a"], ["a"]).tolist() == pytest.approx([2 / 4])
+
+
+def test_rouge_l_equals_rouge_score_on_ascii_text():
+    rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
+    rng = random.Random(0)
+    letters = "aabC    __.,-'\"1\t"
+    texts = ["".join(rng.choices(letters, k=rng.randrange(200))) for _ in range(400)]
+    a, b = texts[:200], texts[200:]
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    expected = [scorer.score(y, x)["rougeL"].fmeasure for x, y in zip(a, b)]
+    assert torch.allclose(scoring.rouge_l(a, b), torch.tensor(expected), atol=1e-6, rtol=0)
+    assert max(expected) > .3
+
+
+def test_the_row_in_one_integer_is_the_textbook_table_also_beyond_64_tokens():
+    rng = random.Random(1)
+    for length in (1, 5, 63, 64, 65, 200):
+        a, b = ([rng.randrange(6) for _ in range(length + extra)] for extra in (0, 3))
+        table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1][j + 1] = (table[i][j] + 1 if x == y
+                                       else max(table[i][j + 1], table[i + 1][j]))
+        assert scoring.lcs(a, b) == scoring.lcs(b, a) == table[-1][-1]
+
+
+@pytest.mark.parametrize("language", GREETINGS)
+def test_identical_texts_score_1_in_every_script(language):
+    text = GREETINGS[language]
+    assert len(scoring.tokens(text)) > 2
+    assert scoring.rouge_l([text], [text]).tolist() == [1.]
+
+
+def test_tokens_keep_marks_and_split_scripts_without_spaces():
+    assert scoring.tokens("Ｆｕｌｌ-width, ﬁne_x 2½") == ["full", "width", "fine", "x", "21", "2"]
+    assert scoring.tokens("हिन्दी में!") == ["हिन्दी", "में"]
+    assert scoring.tokens("Мой ёж") == ["мой", "ёж"]
+    assert scoring.tokens("东京 2020年, ok") == ["东", "京", "2020", "年", "ok"]
+    assert scoring.tokens("ดีมาก") == ["ดี", "ม", "า", "ก"]
+    assert scoring.tokens("می\u200cخواهم") == ["میخواهم"]
+    assert scoring.tokens("") == scoring.tokens("—!?") == []
+
+
+def test_empty_sides_score_0_and_unequal_lists_are_refused():
+    assert scoring.rouge_l(["", "a", "", "…"], ["a", "", "", "…"]).tolist() == [0, 0, 0, 0]
+    assert scoring.rouge_l([], []).shape == (0,)
+    with pytest.raises(ValueError, match="found 2 and 1"):
+        scoring.rouge_l(["a"], ["a", "b"])
+
+
+# Language identifier
+
+
+def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words):
+    # German shows 4 letters, English 2: counts are scaled by 3/4 and 3/2, the mean being 3.
+    # "ab" in German: 8 n-grams ("a" "b" " a" "ab" "b " " ab" "ab " " ab ") and the word, each
+    # twice; "ba" in English: the word, once, and n-grams once, which the table leaves out.
+    nats = math.log((1.5 + .02) / .02)  # both counts scale to 1.5
+    tiny = scoring.LanguageIdentifier(three_words / "table.bin")
+    assert tiny.languages == ["de", "en"]
+    expected = torch.tensor([[(8 / 16 + 1 / 4) * nats, 0],  # ab
+                             [2 / 16 * nats, 1 / 4 * nats],  # ba: German knows "b" and "a"
+                             [0, 0]])  # c
+    assert torch.allclose(tiny.evidence(["ab", "ba", "c"]), expected, atol=1e-5)
+    assert torch.allclose(tiny.scores(["ab", "ba", "c"]), expected.log_softmax(1), atol=1e-5)
+    assert tiny.predict(["Ab, AB.", "ba"]) == ["de", "en"]
+
+
+def test_training_the_identifier_twice_gives_the_same_bytes(three_words):
+    # in another process, where Python's own hash of a string differs
+    subprocess.run([sys.executable, HERE / "eval.py", "--train-lid", three_words,
+                    three_words / "again.bin"],
+                   check=True, env={**os.environ, "PYTHONHASHSEED": "1"})
+    assert (three_words / "again.bin").read_bytes() == (three_words / "table.bin").read_bytes()
+
+
+def test_the_shipped_table_is_small_and_knows_100_languages_by_iso_code(identifier):
+    assert scoring.LID.stat().st_size <= 8e6
+    assert len(identifier.languages) >= 100
+    assert {"bs", "hr", "sr", "ms", "id", "nb", "nn", "gsw", "yue"} <= set(identifier.languages)
+    assert set(scoring.LANGUAGES.values()) == set(identifier.languages)
+
+
+def test_everyday_sentences_are_identified_in_many_scripts(identifier):
+    assert identifier.predict(list(GREETINGS.values())) == list(GREETINGS)
+
+
+def test_case_digits_punctuation_and_neighbours_in_the_batch_change_nothing(identifier):
+    texts = ["Die Katze schläft", "", "le chat dort", "!"]
+    loud = ["»DIE, KATZE...  SCHLÄFT« 123", "4", "\tle-chat-dort\n", ""]
+    assert torch.equal(identifier.scores(texts), identifier.scores(loud))
+    alone = torch.cat([identifier.scores([text]) for text in texts])
+    assert torch.allclose(identifier.scores(texts), alone, atol=1e-4)
+
+
+def test_full_and_short_rows_give_the_same_scores(identifier, monkeypatch):
+    texts = list(GREETINGS.values())[:12]
+    monkeypatch.setattr(scoring, "DENSE", 16)
+    assert torch.allclose(scoring.LanguageIdentifier().evidence(texts), identifier.evidence(texts),
+                          atol=1e-3)
+
+
+def test_candidates_restrict_the_answer_and_probabilities_sum_to_1(identifier):
+    texts = ["Der Hund schläft", "Мама мыла раму", "xyz"]
+    scores = identifier.scores(texts, ["en", "fr"])
+    assert torch.allclose(scores.exp().sum(1), torch.ones(3), atol=1e-5)
+    assert set(identifier.predict(texts, ["en", "fr"])) <= {"en", "fr"}
+    assert identifier.scores([]).shape == (0, len(identifier.languages))
+    with pytest.raises(ValueError, match="does not know xx"):
+        identifier.predict(texts, ["en", "xx"])
+
+
+def test_a_text_without_letters_is_in_no_language(identifier):
+    assert identifier.predict(["", "42", "?!", " ", "a1"], ["en", "de"])[:4] == ["und"] * 4
+    assert identifier.predict([]) == []
+
+
+def test_titles_of_the_toy_world_are_told_apart_among_its_languages(identifier):
+    titles = {"Anna und der verlorene Hut": "de", "Anna ve kayıp şapka": "tr",
+              "Anna et le chapeau perdu": "fr", "Anna y el sombrero perdido": "es",
+              "Анна и потерянная шляпа": "ru", "Anna and the lost hat": "en"}
+    found = identifier.predict(list(titles), ["en", "de", "fr", "es", "tr", "ru"])
+    assert found == list(titles.values())
+
+
+def test_words_of_the_source_language_inside_another_are_counted(identifier):
+    # of five words "the" and "lost" are English; names are in no language, "Hut" is German
+    assert identifier.mixed(["Hugo und the lost Hut"], "de", "en").tolist() == pytest.approx([.4])
+    assert identifier.mixed(["Hugo und the new Hut"], "de", "en").item() > 0
+    assert identifier.mixed(["Hugo and the new hat"], "tr", "en").item() >= .6
+    clean = ["Hugo und der neue Hut", "Anna und The Lost Hat", "", "42 !"]  # capitals: a name
+    assert identifier.mixed(clean, "de", "en").tolist() == [0, 0, 0, 0]
+    assert identifier.mixed(["Хуго и the новая шляпа"], "ru", "en").tolist() == pytest.approx([.2])
+    assert identifier.mixed(["今天 is 好"], "zh", "en").tolist() == pytest.approx([.25])
+    assert identifier.mixed(["the hat"], "en", "en").tolist() == [0]
+    assert identifier.mixed([], "de", "en").shape == (0,)
+
+
+@pytest.mark.parametrize("language", "en de fr es tr ru ar zh hi th vi el".split())
+def test_clean_sentences_show_no_words_of_english(identifier, language):
+    source = "de" if language == "en" else "en"
+    assert identifier.mixed([GREETINGS[language]], language, source).tolist() == [0]
+
+
+def test_scores_count_empty_outputs_as_wrong_and_nothing_as_accidental_in_the_source(identifier):
+    outputs = ["Hugo und der neue Hut", "Hugo and the new hat", ""]
+    references = ["Hugo und der neue Hut"] * 3
+    found = scoring.score(outputs, references, "de", "en", identifier)
+    assert found["rougeL"] == pytest.approx(100 * (1 + 1 / 5 + 0) / 3)
+    assert found["wrong_language"] == pytest.approx(200 / 3)
+    assert found["source_language"] == pytest.approx(100 / 3)
+    assert found["mixed"] > 10 and found["n"] == 3
+    for source in ("de", None):
+        found = scoring.score(outputs, references, "de", source, identifier)
+        assert found["source_language"] == found["mixed"] == 0
+        assert found["wrong_language"] == pytest.approx(200 / 3)
+
+
+def test_a_table_that_is_missing_or_damaged_is_refused_in_one_line(three_words):
+    with pytest.raises(FileNotFoundError, match="none.bin: no language table"):
+        scoring.LanguageIdentifier(three_words / "none.bin")
+    good = (three_words / "table.bin").read_bytes()
+    for bad in (b"", b"{}\n", b"[]\nx", good[:-9], good.replace(b'"cells": ', b'"cells": 1'),
+                good.replace(b"table 2", b"table 9")):
+        (three_words / "bad.bin").write_bytes(bad)
+        with pytest.raises(ValueError, match="bad.bin: expected a language table"):
+            scoring.LanguageIdentifier(three_words / "bad.bin")
+
+
+# Command line
+
+
+def run_main(capsys, *arguments):
+    """Return (exit code, standard error) of eval.py with these arguments."""
+    with pytest.raises(SystemExit) as stop:
+        scoring.main([str(argument) for argument in arguments])
+    return stop.value.code, capsys.readouterr().err
+
+
+def test_mistakes_in_files_and_flags_end_in_one_line_and_code_2(tmp_path, capsys):
+    one, two, bad = tmp_path / "one", tmp_path / "two", tmp_path / "bad"
+    one.write_text("a\n")
+    two.write_text("a\nb\n")
+    bad.write_bytes(b"a\n\xff\n")
+    for arguments, words in [
+            ((one, two, "de"), ["one", "two", "found 2 and 1"]),
+            ((two, one, "de"), ["found 1 and 2"]), ((two, bad, "de"), [f"{bad}:2", "UTF-8"]),
+            ((tmp_path / "none", one, "de"), ["none"]), ((one, one, "xx"), ["xx"])]:
+        hyp, ref, lang = arguments
+        code, error = run_main(capsys, "--hyp", hyp, "--ref", ref, "--lang", lang)
+        assert code == 2 and error.count("\n") == 1 and all(word in error for word in words), error
+    code, error = run_main(capsys, "--train-lid", tmp_path, tmp_path / "out")
+    assert code == 2 and "newstest2019-*.txt" in error and not (tmp_path / "out").exists()
+    (tmp_path / "newstest2019-ref.deu.txt").write_text("42\n")
+    code, error = run_main(capsys, "--train-lid", tmp_path, tmp_path / "out")
+    assert code == 2 and "no letter" in error and error.strip().count("\n") == 0
+    (tmp_path / "newstest2019-ref.qqq.txt").write_text("a\n")
+    assert "qqq" in run_main(capsys, "--train-lid", tmp_path, tmp_path / "out")[1]
+
+
+def test_eval_scores_any_systems_files_from_the_command_line(tmp_path, capsys):
+    (tmp_path / "hyp").write_text("Hugo and the new hat\nHugo und der neue Hut\n", encoding="utf-8")
+    (tmp_path / "ref").write_text("Hugo und der neue Hut\n" * 2, encoding="utf-8")
+    scoring.main(["--hyp", str(tmp_path / "hyp"), "--ref", str(tmp_path / "ref"), "--lang", "de"])
+    printed = capsys.readouterr().out
+    assert "60.0" in printed and scoring.TOKENS in printed
+    assert '"wrong_language": 50.0, "source_language": 50.0' in printed
 
 
 # train.py, select.py, eval.py: a run --------------------------------------------------------------
