@@ -83,14 +83,14 @@ def parse_args(argv=None):
                         help="share of examples that are of --mix (default 0.25)")
     method.add_argument("--pretrain", action="store_true",
                         help="span corruption instead of a task; --train names the text")
-    method.add_argument("--bilingual", type=real(0, 1), default=0.3, metavar="SHARE",
-                        help="share of bilingual pages in toy pre-training (default 0.3)")
+    method.add_argument("--bilingual", type=real(0, 1), default=0.5, metavar="SHARE",
+                        help="share of bilingual pages in toy pre-training (default 0.5)")
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--lr", type=real(0), metavar="LR",
                        help="AdamW's learning rate (default 1e-3, with --pretrain 2e-3; 1e-4 is "
                             "usual for mT5-small)")
     steps.add_argument("--steps", type=whole(1), metavar="N",
-                       help="updates (default 100, with --pretrain 15000)")
+                       help="updates (default 100, with --pretrain 12000)")
     steps.add_argument("--warmup", type=whole(0), default=20, metavar="N",
                        help="steps of linear warm-up (default 20)")
     steps.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
@@ -145,7 +145,7 @@ def complete(args):
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     if args.lr is None:
         args.lr = 2e-3 if args.pretrain else 1e-3
-    args.steps = args.steps or (15000 if args.pretrain else 100)
+    args.steps = args.steps or (12000 if args.pretrain else 100)
     args.eval_every = args.eval_every or max(1, args.steps // 5)
     args.max_target = args.max_target or (64 if "=" in first else 32)
     if "=" not in first:
