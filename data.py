@@ -363,7 +363,7 @@ def partition(total, parts, rng):
 
 # The toy world: stories from one small causal generator, told in each language of toy/*.ini.
 
-TOY = Path(__file__).parent / "toy"
+TOY = Path(__file__).resolve().parent / "toy"
 TOY_LANGUAGES = sorted(path.stem for path in TOY.glob("*.ini"))
 TASKS = ("title", "summary", "completion")
 SPLITS = ("pretrain", "train", "dev", "test", "parallel")

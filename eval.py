@@ -586,7 +586,7 @@ def score_run(folder, args, device, autocast):
     report(systems, args, step, folder)
 
 
-COMPARED = ("task", "train", "test", "init", "lr", "steps", "batch_size", "test_size")
+COMPARED = ("task", "train", "test", "lr", "steps", "batch_size", "test_size")
 
 
 def usual_way(args):
@@ -595,8 +595,10 @@ def usual_way(args):
     The file is a copy of a run's scores.json; its outputs are the first of each language.
     """
     path = data.TOY / "results" / f"{args.task}.json"
-    content = json.loads(path.read_text()) if path.is_file() else {}
-    if content.get("arguments") != {name: getattr(args, name, None) for name in COMPARED}:
+    if not path.is_file() or Path(args.init).resolve() != data.TOY / "base.pt":
+        return {}
+    content = json.loads(path.read_text())
+    if content["arguments"] != {name: getattr(args, name) for name in COMPARED}:
         return {}
     return {"--reg 0": (content["scores"], content["first_outputs"], content["xlrs"])}
 
