@@ -1,14 +1,23 @@
 """All tests: `python -m pytest`. Formulas against numbers that can be redone on paper, properties,
 parity with the tools in use, and each script as a user starts it."""
 
+import argparse
+import collections
+import functools
+import inspect
 import io
 import json
 import math
 import os
 import pickle
 import random
+import re
+import statistics
 import subprocess
 import sys
+import tempfile
+import timeit
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -435,11 +444,12 @@ def both(folder):
     return load(folder / "ours.pt")[0], theirs
 
 
-def batch(vocab_size=400, sentences=5, source=37, target=11, side="right"):
-    """Return ids, mask and labels of ragged lengths."""
+def batch(vocab_size=400, sentences=5, source=37, target=11, side="right", shortest=0):
+    """Return ids, mask and labels of ragged lengths, the shortest at least that share."""
     generator = torch.Generator().manual_seed(1)
     def real(longest):
-        lengths = torch.randint(2, longest + 1, (sentences, 1), generator=generator)
+        least = max(2, int(shortest * longest))
+        lengths = torch.randint(least, longest + 1, (sentences, 1), generator=generator)
         lengths[0] = longest
         return torch.arange(longest)[None] < lengths
     mask, kept = real(source), real(target)
@@ -1445,3 +1455,328 @@ def test_an_interval_is_students():
 def test_a_loop_is_three_tokens_that_come_again():
     assert scoring.loops("and the hat and the hat and the hat")
     assert not scoring.loops("and the hat and the bag") and not scoring.loops("")
+
+
+# Figures: python test_xlrs.py --bench -------------------------------------------------------------
+# The arguments of a bench_… are flags; those without a default are data that is not in here.
+
+
+def show(figure, ours, theirs=None):
+    """Print a line: figure, our number, theirs, theirs / ours (above 1: ours is the smaller)."""
+    beside = "" if theirs is None else f"{theirs:11.4g}{theirs / ours if ours else math.nan:13.2f}"
+    print(f"{figure:64}{ours:11.4g}{beside}", flush=True)
+
+
+def alternate(functions, repeats):
+    """Return the median seconds of each function, called in turn after a round to warm up."""
+    rounds = [[timeit.timeit(f, number=1) for f in functions] for _ in range(repeats + 1)]
+    return [statistics.median(seconds) for seconds in zip(*rounds[1:])]
+
+
+def peak_memory():
+    """Return this process's peak, GB (Linux; getrusage would count its parent's as well)."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+
+
+def peak_of(code):
+    """Return the peak memory, GB, of a process of its own that runs code with this file's names."""
+    finished = script("-c", f"from test_xlrs import *; {code}; print(peak_memory())")
+    finished.check_returncode()
+    return float(finished.stdout.split()[-1])
+
+
+def rivals(config=SIZES["small"]):
+    """Return (our model, transformers') with the same random weights, in the same memory."""
+    weights = hub_weights(config)
+    ours = mt5.build(config, {name: weights[published] for name, published
+                              in mt5.published_names(config).items()})
+    with torch.device("meta"):
+        theirs = transformers.MT5ForConditionalGeneration(transformers.MT5Config(**asdict(config)))
+    theirs.lm_head.weight = torch.nn.Parameter(weights["lm_head.weight"])  # untied
+    theirs.load_state_dict(weights, assign=True)
+    theirs.encoder.embed_tokens = theirs.decoder.embed_tokens = theirs.shared
+    return ours, theirs.eval()
+
+
+def step_of(model, update=False, low=False):
+    """Return a training step of either model: 8 ragged pairs, up to 128 source, 32 target tokens.
+
+    It returns its loss. update: with AdamW's update; low: in bf16 autocast.
+    """
+    ids, mask, labels = batch(model.config.vocab_size, 8, 128, 32, shortest=1 / 4)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True) if update else None
+    model.train()
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            loss = (model(ids, mask, labels) if isinstance(model, MT5) else
+                    model(input_ids=ids, attention_mask=mask.long(), labels=labels).loss)
+        loss.backward()
+        if update:
+            optimizer.step()
+        model.zero_grad()
+        return loss.item()
+    return step
+
+
+def outputs_of(model, ids, mask, longest, beams):
+    """Return the generated ids of either model, (B, longest), PAD after EOS."""
+    found = (model.generate(ids, mask, longest, beams) if isinstance(model, MT5) else
+             model.generate(input_ids=ids, attention_mask=mask.long(), max_new_tokens=longest,
+                            num_beams=beams, do_sample=False)[:, 1:])
+    ended = (found == EOS).cumsum(1) - (found == EOS).long() > 0
+    return torch.nn.functional.pad(found.masked_fill(ended, PAD), (0, longest - found.shape[1]))
+
+
+@torch.no_grad()
+def bench_parity():
+    """The largest relative differences to transformers; errors of bf16; padding's effect."""
+    for name, shape in SHAPES.items():
+        config = SIZES["small"] if name == "mT5-small" else MT5Config(vocab_size=2000, **shape)
+        ours, theirs = rivals(config)
+        ids, mask, labels = batch(config.vocab_size, 4, 128, 32)
+        real = labels != IGNORE
+        inputs = dict(input_ids=ids, attention_mask=mask.long(), labels=labels)
+        found, expected = ours.logits(ids, mask, labels)[real], theirs(**inputs)
+        exact, loss = expected.logits[real], expected.loss.item()
+        show(f"{name}: logits", relative(found, exact))
+        show(f"{name}: loss", abs(ours(ids, mask, labels).item() / loss - 1))
+        wide = ours.encode(*(torch.nn.functional.pad(x, (17, 5)) for x in (ids, mask)))
+        show(f"{name}: states in a wider batch", relative(wide[:, 17:-5], ours.encode(ids, mask)))
+        with torch.autocast("cpu", torch.bfloat16):
+            low = [ours.logits(ids, mask, labels)[real], theirs(**inputs).logits[real]]
+        show(f"{name}: logits in bf16, root mean square", *(
+            ((x.float() - exact).square().mean() / exact.square().mean()).sqrt() for x in low))
+
+
+def bench_step(repeats):
+    """Seconds, peak memory and loss of a training step of mT5-small, float32 and bf16 autocast."""
+    ours, theirs = rivals()
+    steps = [step_of(ours), step_of(theirs), step_of(ours, low=True)]
+    times = alternate(steps, repeats)
+    show("training step, s", *times[:2])
+    show("training step, peak GB", *(
+        peak_of(f"step = step_of(rivals()[{i}]); step(), step()") for i in (0, 1)))
+    show("training step in bf16 autocast beside float32, both ours, s", times[2], times[0])
+    ours.eval()
+    show("its loss without dropout, bf16 beside float32", steps[2](), steps[0]())
+
+
+def bench_generate(repeats):
+    """Seconds of greedy and 4-beam generation of mT5-small; the outputs that differ."""
+    models, (ids, mask, _) = rivals(), batch(250112, 8, 128, 32, shortest=1 / 4)
+    for beams in (1, 4):
+        ours, theirs = (outputs_of(model, ids, mask, 64, beams) for model in models)
+        lengths = (ours != PAD).sum(1).tolist()
+        show(f"{beams} beams: outputs that differ, of lengths {min(lengths)} to {max(lengths)}",
+             int((ours != theirs).any(1).sum()))
+        show(f"{beams} beams: generation, s", *alternate(
+            [lambda m=m: outputs_of(m, ids, mask, 64, beams) for m in models], repeats))
+
+
+def bench_convert():
+    """Peak memory of converting a hub folder of mT5-small, beside the size of its weights' file."""
+    show("this file's imports alone, peak GB", peak_of("pass"))
+    with tempfile.TemporaryDirectory() as folder:
+        few = data.train_tokenizer(TEXTS * 20, 480).model
+        for form in FORMS[:2]:
+            source = hub_folder(Path(folder) / form, few, SIZES["small"], form)
+            peak = peak_of(f"convert({str(source)!r}, {str(Path(folder) / 'x.pt')!r})")
+            show(f"converting {form}, peak GB (theirs: the file)", peak,
+                 (source / form).stat().st_size / 1e9)
+
+
+def bench_trim(repeats, pieces, ntrex):
+    """mT5-small, whole and trimmed to ten languages, beside transformers': sizes, step, peak."""
+    codes = "src.eng ref.deu ref.fra ref.spa ref.ita ref.por ref.nld ref.pol ref.tur ref.zho-CN"
+    texts = [Path(ntrex) / f"newstest2019-{code}.txt" for code in codes.split()]
+    with tempfile.TemporaryDirectory() as folder:
+        source = hub_folder(Path(folder) / "hub", Path(pieces).read_bytes(), SIZES["small"])
+        files = [Path(folder) / "whole.pt", Path(folder) / "trimmed.pt"]
+        for file, trim in zip(files, ([], texts)):
+            convert(source, file, trim)
+        peaks = [peak_of(f"step = step_of({model}, update=True); step(), step()") for model in (
+            *(f"load({str(file)!r})[0]" for file in files), "rivals()[1]")]
+        models = [*(load(file)[0] for file in files), rivals()[1]]
+        times = alternate([step_of(model, update=True) for model in models], repeats)
+        counts = [sum(p.numel() for p in model.parameters()) / 1e6 for model in models]
+        for i, file in enumerate(files):
+            show(f"{file.stem}: million parameters", counts[i], counts[2])
+            show(f"{file.stem}: training step with AdamW, s", times[i], times[2])
+            show(f"{file.stem}: training step with AdamW, peak GB", peaks[i], peaks[2])
+
+
+def bench_tokenizer(pieces, ntrex):
+    """Lines of NTREX whose ids, of mT5's real pieces, differ from those of transformers."""
+    ours, found = Tokenizer(Path(pieces).read_bytes()), collections.Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        save(f"{folder}/x.pt", MT5(MT5Config(vocab_size=len(ours), **TINY)), ours)
+        export(f"{folder}/x.pt", f"{folder}/hub")
+        theirs = transformers.AutoTokenizer.from_pretrained(f"{folder}/hub")
+    for path in Path(ntrex).glob("newstest2019-*.txt"):
+        for line in data.read_lines(path)[:100]:
+            ids = ours.encode(line)
+            found[any(map(ours.pieces.is_byte, ids)), ids == theirs(line).input_ids] += 1
+    show(f"lines that differ, of {found[False, True] + found[False, False]:,}", found[False, False])
+    show("others, with bytes where transformers has <unk>", found[True, True] + found[True, False])
+
+
+def bench_rouge(repeats, ntrex):
+    """Seconds of 2,000 pairs of up to 60 tokens beside rouge_score; difference; large inputs."""
+    from rouge_score.rouge_scorer import RougeScorer
+    text = " ".join(data.read_lines(Path(ntrex) / "newstest2019-src.eng.txt"))
+    words, rng = text.encode("ascii", "ignore").decode().split(), random.Random(0)
+    a, b = ([" ".join(words[i:i + rng.randint(1, 60)]) for i in rng.choices(
+        range(len(words) - 60), k=2000)] for _ in range(2))
+    scorer = RougeScorer(["rougeL"])
+    theirs = lambda: [scorer.score(y, x)["rougeL"].fmeasure for x, y in zip(a, b)]  # noqa: E731
+    show("ROUGE-L, 2,000 pairs, s", *alternate([lambda: scoring.rouge_l(a, b), theirs], repeats))
+    show("the largest difference", (scoring.rouge_l(a, b) - torch.tensor(theirs())).abs().max())
+    before = peak_memory()
+    show("ROUGE-L, 100,000 pairs, s", *alternate([lambda: scoring.rouge_l(a * 50, b * 50)], 1))
+    long = [" ".join(words[:5000])], [" ".join(words[20_000:25_000])]
+    show("ROUGE-L, a pair of 5,000 words, s", *alternate([lambda: scoring.rouge_l(*long)], repeats))
+    show("peak memory grew by, GB", peak_memory() - before)
+
+
+def read_texts(folder):
+    """Return {language: sentences and questions} of XQuAD's files or a folder of CODE.txt."""
+    found = {path.stem: data.read_lines(path) for path in Path(folder).glob("*.txt")
+             if path.stem in scoring.LANGUAGES.values()}
+    for path in Path(folder).glob("xquad.*.json"):
+        found[path.suffixes[0][1:]] = [
+            sentence for article in json.loads(path.read_text("utf-8-sig"))["data"]
+            for p in article["paragraphs"]
+            for text in (p["context"], *(question["question"] for question in p["qas"]))
+            for sentence in re.split(r"(?<=[.!?।])\s+|(?<=。)", text.replace("\n", " "))
+            if len(sentence) > 15]
+    return found
+
+
+def with_pairs(texts):
+    """Return {kind: {language: texts}}: the sentences, and pairs of words, 6 letters or more.
+
+    Where a language has no spaces a pair is 4 characters.
+    """
+    def pairs_of(sentence):
+        words = sentence.split()
+        found = ([f"{a} {b}" for a, b in zip(words[::2], words[1::2])] if len(words) > 2 else
+                 [sentence[i:i + 4] for i in range(0, len(sentence) - 3, 8)])
+        return [x for x in found if sum(map(str.isalpha, x)) >= (6 if " " in x else 2)]
+    return {"sentences": texts, "word pairs": {
+        language: sorted({pair for sentence in side for pair in pairs_of(sentence)})
+        for language, side in texts.items()}}
+
+
+def accuracy(predict, texts):
+    """Return (macro % right of 200 texts a language, [(share, true, answered)] from the worst)."""
+    wrong, right = [], []
+    for language, side in texts.items():
+        side = random.Random(2).sample(side, min(200, len(side)))
+        found = collections.Counter(predict(side))
+        right.append(100 * found.pop(language, 0) / len(side))
+        wrong += [(n / len(side), language, code) for code, n in found.items()]
+    return scoring.mean(right), sorted(wrong, reverse=True)
+
+
+def other_identifiers(fasttext):
+    """Return {name: (predict, languages)} of fastText and lingua, where they are at hand."""
+    found, ours = {}, set(scoring.LANGUAGES.values())
+    try:
+        from fasttext import load_model
+        label, same = load_model(fasttext).predict, {"no": "nb", "arz": "ar"}
+        short = lambda text: label(text)[0][0].removeprefix("__label__")  # noqa: E731
+        found["fastText"] = lambda texts: [same.get(x, x) for x in map(short, texts)], ours
+    except (ImportError, TypeError, ValueError) as error:
+        print(f"fastText is left out; it needs fasttext and --fasttext lid.176.ftz ({error})")
+    try:
+        from lingua import Language, LanguageDetectorBuilder
+        code = lambda x: x.iso_code_639_1.name.lower() if x else "und"  # noqa: E731
+        known = [x for x in Language.all() if code(x) in ours]
+        detect = LanguageDetectorBuilder.from_languages(*known).build().detect_language_of
+        found["lingua"] = lambda texts: list(map(code, map(detect, texts))), set(map(code, known))
+    except ImportError as error:
+        print(f"lingua is left out ({error})")
+    return found
+
+
+def bench_lid(repeats, texts, fasttext=None):
+    """% right (mean of languages) and speed, beside fastText and lingua; the table's size."""
+    ours, others = scoring.LanguageIdentifier(), other_identifiers(fasttext)
+    codes = set.intersection(set(ours.languages), *(known for _, known in others.values()))
+    restricted, texts = functools.partial(ours.predict, candidates=codes), read_texts(texts)
+    for kind, side in with_pairs(texts).items():
+        show(f"{kind}, {len(side)} languages of {len(ours.languages)}: % right",
+             accuracy(ours.predict, side)[0])
+        side = {code: side[code] for code in sorted(side.keys() & codes)}
+        for name, (predict, _) in others.items():
+            show(f"{kind}, {len(side)} languages of {len(codes)}, {name}: % right",
+                 *(accuracy(f, side)[0] for f in (restricted, predict)))
+    many, threads = [s for side in texts.values() for s in side[:500]], torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, (predict, _) in others.items():
+        times = alternate([lambda f=f: f(many) for f in (ours.predict, predict)], repeats)
+        show(f"one thread, microseconds a sentence, {name}", *(s / len(many) * 1e6 for s in times))
+    torch.set_num_threads(threads)
+    show(f"table of {len(ours.languages)} languages, MB", scoring.LID.stat().st_size / 1e6)
+    show("loading it, s", *alternate([scoring.LanguageIdentifier], repeats))
+
+
+def bench_lid_unseen(ntrex):
+    """Accuracy on NTREX's documents that a table of the other half did not see; confusions."""
+    documents, unseen = (Path(ntrex) / "DOCUMENT_IDS.tsv").read_text().split(), {}
+    names = sorted(set(documents))
+    half = set(random.Random(0).sample(names, len(names) // 2))
+    with tempfile.TemporaryDirectory() as folder:
+        for path in Path(ntrex).glob("newstest2019-*.txt"):
+            lines = list(zip(data.read_lines(path), documents, strict=True))
+            language = scoring.LANGUAGES[path.name.split(".")[-2].split("-")[0]]
+            unseen.setdefault(language, []).extend(x for x, name in lines if name not in half)
+            data.write_file(Path(folder) / path.name,
+                            "".join(f"{x}\n" for x, name in lines if name in half))
+        scoring.train_lid(folder, Path(folder) / "table.bin")
+        identifier = scoring.LanguageIdentifier(Path(folder) / "table.bin")
+    for kind, texts in with_pairs(unseen).items():
+        right, wrong = accuracy(identifier.predict, texts)
+        show(f"NTREX, unseen {kind}, {len(texts)} languages: % right", right)
+        print("  as", ", ".join(f"{a}→{b} {share:.0%}" for share, a, b in wrong[:20]))
+
+
+def bench_mixed(texts):
+    """Words of clean text that count as those of another language, in the worst target language."""
+    texts = read_texts(texts)
+    for source in ("en", "de"):
+        share, target = max((100 * scoring.identifier().mixed(x, target, source).mean(), target)
+                            for target, x in texts.items())
+        show(f"words of {source} in clean text, at most ({target}), %", share)
+
+
+def main(argv=None):
+    benches = {name[6:]: f for name, f in globals().items() if name.startswith("bench_")}
+    flags = {name: inspect.signature(f).parameters for name, f in benches.items()}
+    needs = {name: [word for word, flag in found.items()
+                    if flag.default is flag.empty and word != "repeats"]
+             for name, found in flags.items()}
+    parser = argparse.ArgumentParser(
+        description="Print the project's figures. The tests: python -m pytest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog="\n".join(
+            f"  {name:11}{f.__doc__.splitlines()[0]}{''.join(f' --{x}' for x in needs[name])}"
+            for name, f in benches.items()))
+    parser.add_argument("--bench", nargs="*", metavar="NAME", choices=benches, required=True,
+                        help="figures to print; no name: all whose data are given")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds, of which the median (5)")
+    for word, text in {"ntrex": "folder of NTREX-128's newstest2019-*.txt",
+                       "pieces": "mT5's spiece.model", "fasttext": "fastText's lid.176.ftz",
+                       "texts": "folder of held-out text: xquad.CODE.json or CODE.txt"}.items():
+        parser.add_argument(f"--{word}", metavar="PATH", help=text)
+    args = parser.parse_args(argv)
+    ready = [name for name in benches if all(getattr(args, word) for word in needs[name])]
+    for name in set(args.bench) - set(ready):
+        parser.error(f"{name} needs {' and '.join(f'--{word}' for word in needs[name])}")
+    print(f"{'figure':64}{'ours':>11}{'theirs':>11}{'theirs/ours':>13}")
+    for name in args.bench or ready:
+        benches[name](**{word: getattr(args, word) for word in flags[name]})
+
+
+if __name__ == "__main__":
+    main()
