@@ -783,7 +783,7 @@ def score_model(args):
         raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint, found neither")
     toy = data.TOY_LANGUAGES
     known = (vars(read_run(path)[0]) if path.is_dir() else
-             dict(task="title", train=["en"], test=toy, parallel=toy, fields="source,target",
+             dict(task="completion", train=["en"], test=toy, parallel=toy, fields="source,target",
                   test_size=None, eval_size=100, num_beams=1, max_source=512, max_target=32))
     asked = {name: value for name, value in vars(args).items() if value is not None}
     merged = argparse.Namespace(**{**known, **asked})

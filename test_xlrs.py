@@ -1284,7 +1284,7 @@ def test_a_run_leaves_what_the_contract_names(small_run):
     assert names == {"args.json", "log.jsonl", "selected.json", "scores.json", "outputs.jsonl",
                      *(f"step_{step:06d}.pt" for step in (0, 2, 4, 6))}
     scores = json.loads((folder / "scores.json").read_text())
-    assert scores["task"] == "title" and set(scores["xlrs"]) == {"de", "ru"}
+    assert scores["task"] == "completion" and set(scores["xlrs"]) == {"de", "ru"}
     for kinds in scores["scores"].values():
         assert {"rougeL", "wrong_language", "source_language", "mixed", "n"} <= set(kinds)
     outputs = (folder / "outputs.jsonl").read_text().splitlines()

@@ -36,7 +36,8 @@ def parse_args(argv=None):
         epilog="TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE.")
     task = parser.add_argument_group("task and text")
     task.add_argument("--task", choices=[*data.TASKS, "files"],
-                      help="task of the toy world (default title; files where --train names some)")
+                      help="task of the toy world (default completion; files where --train names "
+                           "some)")
     task.add_argument("--train", nargs="+", metavar="TEXT", default=["en"],
                       help="training pairs; the first language is the source (default en)")
     task.add_argument("--dev", nargs="+", metavar="TEXT",
@@ -141,7 +142,7 @@ def real(least, most=math.inf):
 def complete(args):
     """Return args with the defaults that depend on other arguments."""
     first = args.train[0]
-    args.task = args.task or ("files" if "=" in first else "title")
+    args.task = args.task or ("files" if "=" in first else "completion")
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     if args.lr is None:
         args.lr = 2e-3 if args.pretrain else 1e-3
