@@ -213,7 +213,7 @@ def table_rows(path, fields):
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         if not set(fields) <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path}:1: expected a header with the columns {' and '.join(fields)}, "
+            raise ValueError(f"{path}:1: expected a header with columns {' and '.join(fields)}, "
                              f"found {reader.fieldnames}; name them with --fields")
         for row in reader:
             yield reader.line_num, row[fields[0]], row[fields[1]]

@@ -507,7 +507,7 @@ def identifier():
     return LanguageIdentifier()
 
 
-# A run ---------------------------------------------------------------------------------------------
+# A run --------------------------------------------------------------------------------------------
 
 
 def read_run(folder):
@@ -643,7 +643,7 @@ def print_scores(systems, source):
     rows = []
     for language in [*next(iter(systems.values()))[0], f"mean but {source}"]:
         for name, (scores, _, similarity) in systems.items():
-            among = [language] if language in scores else [lang for lang in scores if lang != source]
+            among = [language] if language in scores else [x for x in scores if x != source]
             known = [similarity[lang] for lang in among if lang in similarity]
             rows.append([language if name == next(iter(systems)) else "", name,
                          *(mean(scores[lang][kind] for lang in among) for kind in kinds),
@@ -678,7 +678,7 @@ def summarise(folder):
          "test": {lang: scores for lang, scores in row["test"].items()
                   if lang == data.languages(args)[0] or lang not in seen}}
         for row in rows if row["step"] > 0]
-    return known
+    return json.loads(json.dumps(known), parse_float=lambda number: float(f"{float(number):.5g}"))
 
 
 def method(run):
@@ -702,7 +702,8 @@ def compare(paths, out=None):
     for path in map(Path, paths):
         runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
     if out:
-        data.write_file(out, json.dumps(runs, ensure_ascii=False) + "\n")
+        lines = [json.dumps(run, ensure_ascii=False) for run in runs]
+        data.write_file(out, "[" + ",\n".join(lines) + "]\n")
     groups = {}
     for run in runs:
         groups.setdefault((run["task"], f"{run['lr']:g}", method(run)), []).append(run)

@@ -196,9 +196,9 @@ def test_a_pretraining_page_is_in_one_language_or_in_two_by_turns():
     alone = {len(data.page(rng, ["en", "de"], bilingual=0.0)) for _ in range(20)}
     paired = [data.page(rng, ["en", "de"], bilingual=1.0) for _ in range(20)]
     assert alone == {6} == {len(page) for page in paired}
-    known = {lang: scoring.LanguageIdentifier().predict([page[side] for page in paired], ["en", "de"])
-             for side, lang in enumerate(["first", "second"])}
-    assert sum(a != b for a, b in zip(known["first"], known["second"])) >= 18
+    first, second = (scoring.identifier().predict([page[side] for page in paired], ["en", "de"])
+                     for side in (0, 1))
+    assert sum(a != b for a, b in zip(first, second)) >= 18
 
 
 # data.py: files, batches, masks -------------------------------------------------------------------
@@ -209,7 +209,8 @@ def test_pairs_are_read_from_every_layout(tmp_path):
     jsonl, tsv, csv_ = (tmp_path / name for name in ("a.jsonl", "a.tsv", "a.csv"))
     jsonl.write_text("".join(json.dumps({"id": 1, "text": s, "summary": t}) + "\n"
                              for s, t in pairs), encoding="utf-8")
-    tsv.write_text('id\ttext\tsummary\n1\t"Größe, ""so"""\tขนาด\n2\tмир\tदुनिया\n', encoding="utf-8")
+    tsv.write_text('id\ttext\tsummary\n1\t"Größe, ""so"""\tขนาด\n2\tмир\tदुनिया\n',
+                   encoding="utf-8")
     csv_.write_bytes('text,summary\r\n"Größe, ""so""",ขนาด\r\nмир,दुनिया\r\n'.encode())
     for path in (jsonl, tsv, csv_):
         assert data.read_pairs(path, ("text", "summary")) == pairs, path
@@ -352,7 +353,7 @@ def test_data_loader_workers_start_beside_our_select(tmp_path, method):
     assert finished.returncode == 0, finished.stderr
 
 
-# model.py: parity, conversion, damaged files -------------------------------------------------------
+# model.py: parity, conversion, damaged files ------------------------------------------------------
 
 TEXTS = ["The cat sat on the mat.", "Die Katze saß auf der Matte.", "Кошка сидела на ковре.",
          "Le chat était assis sur le tapis.", "猫はマットの上に座った。", "แมวนั่งบนเสื่อ", ""]
@@ -420,7 +421,8 @@ def hub_folder(folder, pieces, config, form="pytorch_model.bin", weights=None, *
     if form.endswith("safetensors") or "safetensors.index" in form:
         weights = {name: tensor for name, tensor in weights.items() if name not in mt5.ALIASES}
     def write(part, path):
-        safetensors.torch.save_file(part, path, {"format": "pt"}) if path.suffix == ".safetensors" else torch.save(
+        safe = path.suffix == ".safetensors"
+        safetensors.torch.save_file(part, path, {"format": "pt"}) if safe else torch.save(
             part, path)
     if not form.endswith(".index.json"):
         write(weights, folder / form)
@@ -1371,8 +1373,8 @@ def test_users_files_train_a_new_model_in_any_script(tmp_path):
     for lang, text in texts.items():
         lines = [text.format(i) for i in range(40)]
         (tmp_path / f"{lang}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (tmp_path / f"{lang}.jsonl").write_text("".join(json.dumps({"text": line, "title": line[:5]})
-                                                        + "\n" for line in lines))
+        objects = [json.dumps({"text": line, "title": line[:5]}) + "\n" for line in lines]
+        (tmp_path / f"{lang}.jsonl").write_text("".join(objects))
     pairs = [f"{lang}={tmp_path / lang}.jsonl" for lang in texts]
     finished = script("train.py", "--init", "new", "--vocab-size", 600, "--fields", "text,title",
                       "--train", pairs[0], "--dev", pairs[0], "--test", *pairs, "--parallel",
@@ -1426,7 +1428,8 @@ def test_unlabelled_text_takes_its_share_of_each_group():
 
 def test_an_occupied_folder_and_changed_arguments_are_refused(small_run):
     folder, _ = small_run
-    fails_in_one_line(script("train.py", *SMALL, "--out", folder), "holds a run already", "--resume")
+    again = script("train.py", *SMALL, "--out", folder)
+    fails_in_one_line(again, "holds a run already", "--resume")
     fails_in_one_line(script("train.py", *SMALL, "--reg", 0.2, "--out", folder, "--resume"),
                       "--reg was 0.1", "now it is 0.2")
 

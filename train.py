@@ -107,7 +107,7 @@ def parse_args(argv=None):
     run.add_argument("--keep", type=whole(1), metavar="N",
                      help="keep the last N checkpoints, the base and the best (default all)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
-    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
     run.add_argument("--dtype", choices=["float32", "bfloat16"],
                      help="precision of the matrix products; weights stay float32 (default "
@@ -172,7 +172,7 @@ def train(args):
         model.forward, model.encode = torch.compile(model.forward), torch.compile(model.encode)
     learning = freeze(model, args.freeze)
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(args, model, tokenizer, optimizer, {"device": str(device), "dtype": dtype, "why": why})
+    run = Run(args, model, tokenizer, optimizer, device=str(device), dtype=dtype, why=why)
     done = run.resume() if args.resume else 0
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     draw = draw_examples(texts, tokenizer, args)
@@ -268,7 +268,7 @@ def freeze(model, parts):
 
 
 def schedule(step, args):
-    """Return the factor of the learning rate: a warm-up, then 1; in pre-training a cosine to 5 %."""
+    """Return the learning rate's factor: a warm-up, then 1; in pre-training a cosine to 5 %."""
     rise = min(1.0, step / max(1, args.warmup))
     if not args.pretrain:
         return rise
@@ -314,9 +314,9 @@ def measure(model, tokenizer, texts, draw, args, autocast):
 
 
 class Run:
-    """A run's folder: args.json, log.jsonl and a checkpoint `step_NNNNNN.pt` at each measurement."""
+    """A run's folder: args.json, log.jsonl and a `step_NNNNNN.pt` at each measurement."""
 
-    def __init__(self, args, model, tokenizer, optimizer, facts):
+    def __init__(self, args, model, tokenizer, optimizer, **facts):
         self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
         self.folder = Path(args.out) if args.out else free_folder(args)
         self.log_path = self.folder / "log.jsonl"
