@@ -169,13 +169,13 @@ def read_pairs(path, fields=("source", "target")):
     fields: the names of the source's and the target's column.
     """
     path = str(path)
-    if "," in path:
-        sides = read_parallel(dict(enumerate(path.split(",", 1))))
-        rows = zip(itertools.count(1), sides[0], sides[1])
-    elif path.endswith(".jsonl"):
+    if path.endswith(".jsonl"):
         rows = jsonl_rows(path, fields)
     elif path.endswith((".tsv", ".csv")):
         rows = table_rows(path, fields)
+    elif "," in path.strip(","):
+        sides = read_parallel(dict(enumerate(path.split(",", 1))))
+        rows = zip(itertools.count(1), sides[0], sides[1])
     else:
         raise ValueError(f"{path}: expected a name that ends in .jsonl, .tsv or .csv, "
                          "or two aligned text files as SOURCE_FILE,TARGET_FILE")
@@ -185,6 +185,9 @@ def read_pairs(path, fields=("source", "target")):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{path}:{line}: expected text in {field!r}, found {text!r}; "
                                  "mend or remove this line")
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise ValueError(f"{path}:{line}: expected Unicode text in {field!r}, found half of "
+                                 "a surrogate pair; mend or remove this line")
         pairs.append(tuple(pair))
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found only a header")
@@ -196,7 +199,7 @@ def jsonl_rows(path, fields):
     for number, line in enumerate(read_lines(path), start=1):
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             raise ValueError(f"{path}:{number}: expected a JSON object on each line, "
                              f"found {line[:40]!r}") from None
         if not isinstance(row, dict) or not set(fields) <= set(row):
@@ -245,21 +248,20 @@ def cut(ids, longest):
     return ids if len(ids) <= longest else ids[:longest - 1] + [EOS]
 
 
-def pad(sequences, value=PAD, multiple=1):
-    """Return (N, longest) int64: sequences filled up with value, to a multiple of so many ids."""
-    longest = max(map(len, sequences))
-    width = -(-longest // multiple) * multiple
+def pad(sequences, value=PAD):
+    """Return (N, longest) int64: sequences filled up with value."""
+    width = max(map(len, sequences))
     return torch.tensor([ids + [value] * (width - len(ids)) for ids in sequences])
 
 
-def collate(examples, multiple=1):
+def collate(examples):
     """Return (input_ids (B, S), mask (B, S), labels (B, T)) of (source ids, target ids) pairs.
 
     mask is True at real tokens; labels are −100 at padding, where there is no loss.
     """
     sources, targets = zip(*examples)
-    input_ids = pad(sources, PAD, multiple)
-    return input_ids, input_ids != PAD, pad(targets, IGNORE, multiple)
+    input_ids = pad(sources)
+    return input_ids, input_ids != PAD, pad(targets, IGNORE)
 
 
 def encode_pair(pair, tokenizer, args):
@@ -269,7 +271,7 @@ def encode_pair(pair, tokenizer, args):
             cut(tokenizer.encode(target), args.max_target))
 
 
-def batches(draw, batch_size, seed, start=0, multiple=1):
+def batches(draw, batch_size, seed, start=0):
     """Yield batches for ever, from number start on; batch k depends on seed and k alone.
 
     draw(group, count) returns count examples; a group of eight batches is sorted by length, so
@@ -281,7 +283,7 @@ def batches(draw, batch_size, seed, start=0, multiple=1):
         order = np.random.default_rng([seed, group]).permutation(size)
         skip = start % size if group == start // size else 0
         for k in order[skip:]:
-            yield collate(examples[k * batch_size:(k + 1) * batch_size], multiple)
+            yield collate(examples[k * batch_size:(k + 1) * batch_size])
 
 
 def epochs(pairs, encode, seed):
@@ -306,28 +308,32 @@ def blend(draw, other, share):
 
 # Span corruption: mT5's pre-training task.
 
-def corruption(pages, tokenizer, seed, density=0.25, whole_sentences=0.4):
+def corruption(pages, tokenizer, args, density=0.25, whole_sentences=0.4):
     """Return a draw function for `batches`: pages with spans masked.
 
-    pages(rng) returns a page, a list of sentences. With probability whole_sentences one or two of
-    its sentences are masked, else random spans of density of its ids. Both numbers are ours: mT5
-    has 0.15 and no whole sentences; with them a small model learns more from each page.
+    pages(rng) returns a page, a list of sentences, cut to args.max_source ids. With probability
+    whole_sentences one or two of its sentences are masked, else random spans of density of its ids.
+    Both numbers are ours: mT5 has 0.15 and no whole sentences; with them a small model learns more
+    from each page.
     """
     sentinels = tokenizer.sentinels()
 
     def example(rng):
         sentences = [tokenizer.encode(sentence)[:-1] for sentence in pages(rng)]
         ids = list(itertools.chain(*sentences))
-        if len(sentences) > 2 and rng.random() < whole_sentences:
+        if len(ids) < 2:
+            return example(rng)
+        if 2 < len(sentences) and len(ids) < args.max_source and rng.random() < whole_sentences:
             ends = np.cumsum([len(sentence) for sentence in sentences])
             masked = sorted(rng.choice(len(sentences), rng.choice([1, 1, 2]), replace=False))
             spans = [(int(ends[i]) - len(sentences[i]), int(ends[i])) for i in masked]
         else:
+            ids = ids[:args.max_source - 1]
             spans = random_spans(len(ids), rng, density)
         return mask_spans(ids, spans, sentinels)
 
     def draw(group, count):
-        rng = np.random.default_rng([seed, group])
+        rng = np.random.default_rng([args.seed, group])
         return [example(rng) for _ in range(count)]
     return draw
 
@@ -460,6 +466,9 @@ def tell(story, language):
 
 def toy_pair(story, language, task):
     """Return (source, target) of a story for a task, one of TASKS."""
+    if task not in TASKS:
+        raise ValueError(f"the toy world has the tasks {', '.join(TASKS)}: name one with --task, or "
+                         "write LANG=FILE for every text")
     told = tell(story, language)
     opening = " ".join(told["sentences"])
     if task == "completion":
@@ -492,6 +501,19 @@ def document(story, language):
 
 # The texts of a run, and its log.
 
+def read_json(path, *keys):
+    """Return the JSON object in a file; raises ValueError where it is none or lacks a key."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py") from None
+    except ValueError:
+        raise ValueError(f"{path}: expected JSON, found a damaged file") from None
+    if not isinstance(content, dict) or not set(keys) <= set(content):
+        raise ValueError(f"{path}: expected an object with {' and '.join(keys)}")
+    return content
+
+
 def read_log(folder):
     """Return the rows of a run's log.jsonl, a list of dicts; a torn last line is left out."""
     path = Path(folder) / "log.jsonl"
@@ -501,10 +523,13 @@ def read_log(folder):
     rows = []
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ValueError(f"{path}:{number}: expected a JSON object, found "
-                             f"{line[:40]!r}") from None
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not {"kind", "step"} <= set(row):
+            raise ValueError(f"{path}:{number}: expected a row of a run's log, found "
+                             f"{line[:40]!r}")
+        rows.append(row)
     return rows
 
 def load_texts(args):
@@ -517,7 +542,8 @@ def load_texts(args):
     fields = args.fields.split(",")
     if len(fields) != 2 or not all(fields):
         raise ValueError(f"--fields: expected SOURCE,TARGET, found {args.fields!r}")
-    texts = SimpleNamespace(source=languages(args)[0], dev={}, test={}, parallel={}, held_out={})
+    texts = SimpleNamespace(source=languages(args)[0], mix={}, dev={}, test={}, parallel={},
+                            held_out={})
     if args.pretrain:
         texts.train = unlabelled(args.train)
     else:
@@ -545,6 +571,14 @@ def named(word):
     return language, path or None
 
 
+def by_language(words):
+    """Return {language: path, or None for the toy world} of words, LANG or LANG=FILE."""
+    pairs = [named(word) for word in words or ()]
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"expected each language once, found {' '.join(words)}")
+    return dict(pairs)
+
+
 def languages(args):
     """Return the languages that a run's arguments name, the source first."""
     words = [*args.train, *(args.test or ()), *(args.parallel or ())]
@@ -557,7 +591,7 @@ def task_pairs(words, args, split, count, seed=0):
     count None: a file whole; of the toy world 4,000 stories to train on, else 200.
     """
     pairs, told = {}, 4000 if split == "train" else 200
-    for language, path in map(named, words or ()):
+    for language, path in by_language(words).items():
         if path:
             pairs[language] = read_pairs(path, args.fields.split(","))[:count]
         else:
@@ -568,7 +602,10 @@ def task_pairs(words, args, split, count, seed=0):
 
 def unlabelled(words):
     """Return {language: lines, or None for the toy world}."""
-    texts = {lang: read_lines(path) if path else None for lang, path in map(named, words)}
+    texts = {lang: [line for line in read_lines(path) if line.strip()] if path else None
+             for lang, path in by_language(words).items()}
+    if [] in texts.values():
+        raise ValueError(f"expected text, found only blank lines: {' '.join(words)}")
     if len({lines is None for lines in texts.values()}) > 1:
         raise ValueError(f"expected toy languages or files, found both: {' '.join(words)}")
     return texts
@@ -577,7 +614,7 @@ def unlabelled(words):
 def parallel_texts(args):
     """Return (to regularise on, to measure on), each {language: sentences} and aligned."""
     source = languages(args)[0]
-    paths = dict(sorted(map(named, args.parallel), key=lambda pair: pair[0] != source))
+    paths = dict(sorted(by_language(args.parallel).items(), key=lambda pair: pair[0] != source))
     if source not in paths:
         raise ValueError(f"--parallel: expected the source language {source!r} among "
                          f"{' '.join(paths)}")

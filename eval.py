@@ -6,6 +6,7 @@ Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages,
 import argparse
 import functools
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -406,9 +407,12 @@ def pick_device(device=None, dtype=None):
 
     fp16 is not offered: mT5's activations exceed its range and the loss becomes NaN.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this machine has no GPU that torch can use; leave it out")
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: torch can't compute there; leave it out") from None
     if dtype:
         return device, dtype, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
@@ -512,11 +516,9 @@ def identifier():
 
 def read_run(folder):
     """Return (arguments, evaluation rows) of a run folder."""
-    path = Path(folder) / "args.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py")
+    arguments = data.read_json(Path(folder) / "args.json", "arguments")["arguments"]
     rows = [row for row in data.read_log(folder) if row["kind"] == "eval"]
-    return argparse.Namespace(**json.loads(path.read_text())["arguments"]), rows
+    return argparse.Namespace(**arguments), rows
 
 
 def mean(values):
@@ -545,7 +547,9 @@ def choose_checkpoint(folder, by=None):
     by: as in best_row; by default "xlrs" where the run measured it, else "dev", else the last.
     """
     _, rows = read_run(folder)
-    by = by or next((by for by, field in MEASURES.items() if rows and field in rows[0]), "last")
+    if not rows:
+        raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
+    by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
     row = rows[-1] if by == "last" else best_row(rows, by)
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
@@ -571,19 +575,19 @@ def score_checkpoint(path, args, device, autocast):
     return scores, outputs, similarity
 
 
-def score_run(folder, args, device, autocast):
-    """Score a run's base and chosen checkpoint on the test set; print and write.
+def score_run(folder, args, device, autocast, out=None):
+    """Score a run's base and chosen checkpoint on the test set; print, and write to out or folder.
 
     In the toy world the shipped scores of the usual way stand between them: fine-tuning without
     the regulariser, and the checkpoint that is best on the source language.
     """
     if not (folder / "selected.json").is_file():
         choose_checkpoint(folder)
-    step = json.loads((folder / "selected.json").read_text())["step"]
+    step = data.read_json(folder / "selected.json", "step")["step"]
     systems = {"base": score_checkpoint(folder / "step_000000.pt", args, device, autocast)}
     systems |= usual_way(args)
     systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", args, device, autocast)
-    report(systems, args, step, folder)
+    report(systems, args, step, Path(out or folder))
 
 
 COMPARED = ("task", "train", "test", "lr", "steps", "batch_size", "test_size")
@@ -673,11 +677,14 @@ def summarise(folder):
     names = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
     known = {name: getattr(args, name) for name in names}
     seen = {word.partition("=")[0] for word in args.train}
+    rows = [row for row in rows if row["step"] > 0]
+    if not rows or any({"xlrs", "dev_loss", "test"} - set(row) for row in rows):
+        raise ValueError(f"{folder}: expected checkpoints of a run with --dev, --test, --parallel")
     known["checkpoints"] = [
         {"step": row["step"], "xlrs": row["xlrs"], "dev_loss": row["dev_loss"],
          "test": {lang: scores for lang, scores in row["test"].items()
                   if lang == data.languages(args)[0] or lang not in seen}}
-        for row in rows if row["step"] > 0]
+        for row in rows]
     return json.loads(json.dumps(known), parse_float=lambda number: float(f"{float(number):.5g}"))
 
 
@@ -690,6 +697,11 @@ def method(run):
     return " ".join(words) or "--reg 0"
 
 
+def on_source(run, row, kind):
+    """Return the score of a checkpoint in the source language, NaN where it was not tested."""
+    return row["test"].get(run["train"][0].partition("=")[0], {}).get(kind, float("nan"))
+
+
 def on_targets(run, row, kind):
     """Return the mean score of a checkpoint over the languages that the run did not train on."""
     source = run["train"][0].partition("=")[0]
@@ -700,7 +712,12 @@ def compare(paths, out=None):
     """Print tables over runs, folders or the JSON that this wrote to out: mean ± 95 % interval."""
     runs = []
     for path in map(Path, paths):
-        runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
+        try:
+            runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
+            method(runs[-1])
+        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
+            raise ValueError(f"{path}: expected a run folder, or what --compare --out "
+                             "wrote") from None
     if out:
         lines = [json.dumps(run, ensure_ascii=False) for run in runs]
         data.write_file(out, "[" + ",\n".join(lines) + "]\n")
@@ -718,8 +735,7 @@ def compare(paths, out=None):
     table([[*group, len(members),
             *(interval([on_targets(run, heads["last"](run), kind) for run in members])
               for kind in kinds),
-            interval([run["checkpoints"][-1]["test"][run["train"][0]]["rougeL"]
-                      for run in members]),
+            interval([on_source(run, heads["last"](run), "rougeL") for run in members]),
             interval([mean(run["checkpoints"][-1]["xlrs"].values()) for run in members], 2)]
            for group, members in groups.items()],
           ["task", "lr", "method", "runs", *kinds.values(), "source ROUGE-L", "XLRS"])
@@ -737,6 +753,30 @@ def compare(paths, out=None):
           ["task", "lr", "method", "runs", "ROUGE-L", "wrong %"])
 
 
+# Command line -------------------------------------------------------------------------------------
+
+
+def whole(least):
+    """Return an argparse type: an integer of at least so much."""
+    def convert(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected at least {least}, found {text}")
+        return int(text)
+    convert.__name__ = "whole number"
+    return convert
+
+
+def real(least, most=math.inf):
+    """Return an argparse type: a finite number in [least, most]."""
+    def convert(text):
+        if not (least <= float(text) <= most and math.isfinite(float(text))):
+            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, "
+                                             f"found {text}")
+        return float(text)
+    convert.__name__ = "number"
+    return convert
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language.",
@@ -750,8 +790,8 @@ def parse_args(argv=None):
     model.add_argument("--test", nargs="+", metavar="TEXT", help="test pairs")
     model.add_argument("--parallel", nargs="+", metavar="TEXT", help="parallel text, for XLRS")
     model.add_argument("--fields", metavar="SOURCE,TARGET", help="column names in files")
-    model.add_argument("--test-size", type=int, metavar="N", help="test texts a language")
-    model.add_argument("--num-beams", type=int, metavar="N", help="beams in generation")
+    model.add_argument("--test-size", type=whole(1), metavar="N", help="test texts a language")
+    model.add_argument("--num-beams", type=whole(1), metavar="N", help="beams in generation")
     model.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
     model.add_argument("--dtype", choices=["float32", "bfloat16"], help="precision")
     model.add_argument("--out", metavar="PATH", help="where scores.json and outputs.jsonl go "
@@ -793,7 +833,7 @@ def score_model(args):
     if path.is_dir():
         if args.by:
             choose_checkpoint(path, args.by)
-        score_run(path, merged, device, autocast)
+        score_run(path, merged, device, autocast, args.out)
     else:
         system = score_checkpoint(path, merged, device, autocast)
         report({path.name: system}, merged, None, Path(args.out or "runs/eval"))
@@ -801,6 +841,9 @@ def score_model(args):
 
 def score_files(args):
     outputs, references = data.read_lines(args.hyp), data.read_lines(args.ref)
+    identifier().choice([args.lang, args.source])
+    if args.candidates and args.lang not in args.candidates:
+        raise ValueError(f"--candidates: expected {args.lang} among {' '.join(args.candidates)}")
     if len(outputs) != len(references):
         raise ValueError(f"expected as many lines in {args.ref} as in {args.hyp}, found "
                          f"{len(references)} and {len(outputs)}")

@@ -24,9 +24,9 @@ def parse_args(argv=None):
 
     parser = argparse.ArgumentParser(description="Choose a checkpoint of a run.")
     parser.add_argument("run", metavar="RUN", help="a run folder that train.py wrote")
-    parser.add_argument("--by", choices=["xlrs", "dev"], default="xlrs",
+    parser.add_argument("--by", choices=["xlrs", "dev"],
                         help="lowest XLRS, or lowest loss on the source language's development "
-                             "set (default xlrs)")
+                             "set (default xlrs, where the run measured it)")
     return parser.parse_args(argv)
 
 
@@ -59,7 +59,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"select.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"lowest {args.by}: step {chosen['step']}, written to {args.run}/selected.json")
+    print(f"step {chosen['step']} was chosen: {args.run}/selected.json")
 
 
 if __name__ == "__main__":

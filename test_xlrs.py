@@ -231,6 +231,7 @@ def test_a_quoted_line_break_stays_inside_its_field(tmp_path):
     ("a.jsonl", b'{"source": "a", "target": null}\n', ["a.jsonl:1", "'target'", "None"]),
     ("a.jsonl", b'{"text": "a", "target": "b"}\n', ["a.jsonl:1", "source and target", "--fields"]),
     ("a.jsonl", b'[1]\n', ["a.jsonl:1", "list"]),
+    ("a.jsonl", b'{"source": "\\ud800", "target": "b"}\n', ["a.jsonl:1", "surrogate"]),
     ("a.tsv", b"source\ttarget\na\t\n", ["a.tsv:2", "'target'"]),
     ("a.tsv", b"text\ttarget\na\tb\n", ["a.tsv:1", "columns source and target"]),
     ("a.csv", b"source,target\n", ["a.csv", "only a header"]),
@@ -1346,6 +1347,23 @@ def test_a_run_goes_on_to_the_same_weights_after_it_was_cut_off(small_run, tmp_p
     assert (cut_off / "scores.json").read_text() == (folder / "scores.json").read_text()
 
 
+def test_a_run_goes_on_that_was_killed_before_its_first_checkpoint(small_run, tmp_path):
+    folder, _ = small_run
+    (tmp_path / "args.json").write_bytes((folder / "args.json").read_bytes())
+    finished = script("train.py", "--reg", 0.1, *SMALL, "--out", tmp_path, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "scores.json").read_text() == (folder / "scores.json").read_text()
+
+
+def test_scores_of_a_run_with_other_arguments_go_where_they_are_asked_to(small_run, tmp_path):
+    folder, _ = small_run
+    before = (folder / "scores.json").read_bytes()
+    finished = script("eval.py", folder, "--test", "de", "--test-size", 2, "--out", tmp_path / "de")
+    assert finished.returncode == 0, finished.stderr
+    assert (folder / "scores.json").read_bytes() == before
+    assert list(json.loads((tmp_path / "de" / "scores.json").read_text())["scores"]) == ["de"]
+
+
 def test_a_frozen_part_keeps_its_weights(tmp_path):
     words = ("--steps", 1, "--train-size", 8, "--eval-size", 2, "--test-size", 2, "--test", "de")
     finished = script("train.py", *words, "--freeze", "decoder", "head", "--out", tmp_path / "run")
@@ -1397,9 +1415,9 @@ def test_users_files_train_a_new_model_in_any_script(tmp_path):
     (["--reg", "-1"], ["--reg", "-1"]), (["--reg", "nan"], ["--reg", "nan"]),
     (["--reg", "much"], ["--reg", "much"]), (["--batch-size", "0"], ["--batch-size", "at least 1"]),
     (["--fields", "text"], ["--fields", "SOURCE,TARGET"]),
-    (["--device", "cuda"], ["no GPU"]), (["--resume"], ["--out"])])
-def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, monkeypatch, words, parts):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (["--device", "foo"], ["--device foo"]), (["--train", "en", "en"], ["each language once"]),
+    (["--train", "en=requirements.txt,requirements.txt", "--dev", "en"], ["tasks", "--task"]), (["--resume"], ["--out"])])
+def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
     out = [] if words == ["--resume"] else ["--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
         train.main([*words, *out])

@@ -28,6 +28,7 @@ TOY_BASE = data.TOY / "base.pt"
 TOY_SIZE = MT5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2,
                      num_heads=4, dropout_rate=0.0)
 PARTS = ("embedding", "encoder", "decoder", "head")
+UNSEEN = 10**6  # a group of batches that no pre-training reaches: its development set
 
 
 def parse_args(argv=None):
@@ -47,17 +48,17 @@ def parse_args(argv=None):
     task.add_argument("--parallel", nargs="+", metavar="TEXT",
                       help="parallel text, for XLRS and the regulariser: aligned lines, a file a "
                            "language, first the source (default, toy: every toy language)")
-    task.add_argument("--train-size", type=whole(1), metavar="N",
+    task.add_argument("--train-size", type=scoring.whole(1), metavar="N",
                       help="training pairs a language (default: all of a file, 4000 toy stories)")
-    task.add_argument("--test-size", type=whole(1), metavar="N",
+    task.add_argument("--test-size", type=scoring.whole(1), metavar="N",
                       help="test texts a language (default: all of a file, 200 toy stories)")
     task.add_argument("--fields", metavar="SOURCE,TARGET", default="source,target",
                       help="column names in JSONL, TSV and CSV files (default source,target)")
-    task.add_argument("--max-source", type=whole(2), default=512, metavar="N",
+    task.add_argument("--max-source", type=scoring.whole(2), default=512, metavar="N",
                       help="longest source in tokens; longer ones are cut (default 512)")
-    task.add_argument("--max-target", type=whole(2), metavar="N",
+    task.add_argument("--max-target", type=scoring.whole(2), metavar="N",
                       help="longest target in tokens, also in generation (default 64, toy 32)")
-    task.add_argument("--num-beams", type=whole(1), default=1, metavar="N",
+    task.add_argument("--num-beams", type=scoring.whole(1), default=1, metavar="N",
                       help="beams in generation (default 1: greedy)")
     model = parser.add_argument_group("model")
     model.add_argument("--init", metavar="CHECKPOINT",
@@ -66,45 +67,45 @@ def parse_args(argv=None):
                             "--pretrain new)")
     model.add_argument("--size", choices=["toy", *SIZES], default="toy",
                        help="size of a new model (default toy)")
-    model.add_argument("--vocab-size", type=whole(500), default=3200, metavar="N",
+    model.add_argument("--vocab-size", type=scoring.whole(500), default=3200, metavar="N",
                        help="pieces of a new vocabulary (default 3200)")
     method = parser.add_argument_group("method")
-    method.add_argument("--reg", type=real(0), default=0.0, metavar="λ",
+    method.add_argument("--reg", type=scoring.real(0), default=0.0, metavar="λ",
                         help="weight of the regulariser, cosine per nat (default 0: none)")
-    method.add_argument("--reg-floor", type=real(-1, 1), default=0.0, metavar="COSINE",
+    method.add_argument("--reg-floor", type=scoring.real(-1, 1), default=0.0, metavar="COSINE",
                         help="similarity that is low enough (default 0; -1: no floor)")
-    method.add_argument("--reg-batch", type=whole(1), default=8, metavar="N",
+    method.add_argument("--reg-batch", type=scoring.whole(1), default=8, metavar="N",
                         help="parallel sentences a step, each in every language (default 8)")
     method.add_argument("--freeze", nargs="+", choices=PARTS, default=[], metavar="PART",
                         help=f"parts that do not learn: {', '.join(PARTS)} (default none)")
     method.add_argument("--mix", nargs="+", default=[], metavar="TEXT",
                         help="unlabelled text mixed in as span corruption: LANG for toy pages, or "
                              "LANG=FILE of lines (default none)")
-    method.add_argument("--mix-share", type=real(0, 1), default=0.25, metavar="SHARE",
+    method.add_argument("--mix-share", type=scoring.real(0, 1), default=0.25, metavar="SHARE",
                         help="share of examples that are of --mix (default 0.25)")
     method.add_argument("--pretrain", action="store_true",
                         help="span corruption instead of a task; --train names the text")
-    method.add_argument("--bilingual", type=real(0, 1), default=0.5, metavar="SHARE",
+    method.add_argument("--bilingual", type=scoring.real(0, 1), default=0.5, metavar="SHARE",
                         help="share of bilingual pages in toy pre-training (default 0.5)")
     steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--lr", type=real(0), metavar="LR",
+    steps.add_argument("--lr", type=scoring.real(0), metavar="LR",
                        help="AdamW's learning rate (default 1e-3, with --pretrain 2e-3; 1e-4 is "
                             "usual for mT5-small)")
-    steps.add_argument("--steps", type=whole(1), metavar="N",
+    steps.add_argument("--steps", type=scoring.whole(1), metavar="N",
                        help="updates (default 100, with --pretrain 12000)")
-    steps.add_argument("--warmup", type=whole(0), default=20, metavar="N",
+    steps.add_argument("--warmup", type=scoring.whole(0), default=20, metavar="N",
                        help="steps of linear warm-up (default 20)")
-    steps.add_argument("--batch-size", type=whole(1), default=32, metavar="N",
+    steps.add_argument("--batch-size", type=scoring.whole(1), default=32, metavar="N",
                        help="pairs a step (default 32)")
-    steps.add_argument("--dropout", type=real(0, 0.99), metavar="P",
+    steps.add_argument("--dropout", type=scoring.real(0, 0.99), metavar="P",
                        help="dropout in training, a probability (default that of the checkpoint)")
-    steps.add_argument("--seed", type=whole(0), default=0, help="seed of all that is random")
+    steps.add_argument("--seed", type=scoring.whole(0), default=0, help="seed of all that is random")
     run = parser.add_argument_group("run")
-    run.add_argument("--eval-every", type=whole(1), metavar="N",
+    run.add_argument("--eval-every", type=scoring.whole(1), metavar="N",
                      help="steps between checkpoints (default: a fifth of --steps)")
-    run.add_argument("--eval-size", type=whole(1), default=100, metavar="N",
+    run.add_argument("--eval-size", type=scoring.whole(1), default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default 100)")
-    run.add_argument("--keep", type=whole(1), metavar="N",
+    run.add_argument("--keep", type=scoring.whole(1), metavar="N",
                      help="keep the last N checkpoints, the base and the best (default all)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
@@ -116,27 +117,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume and not args.out:
         parser.error("--resume: expected --out FOLDER, the run to go on with")
+    if args.pretrain and args.mix:
+        parser.error("--mix: of no use with --pretrain; name the text with --train")
     return complete(args)
-
-
-def whole(least):
-    """Return an argparse type: an integer of at least so much."""
-    def convert(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, found {text}")
-        return int(text)
-    convert.__name__ = "whole number"
-    return convert
-
-
-def real(least, most=math.inf):
-    """Return an argparse type: a finite number in [least, most]."""
-    def convert(text):
-        if not (least <= float(text) <= most and math.isfinite(float(text))):
-            raise argparse.ArgumentTypeError(f"expected {least} to {most}, found {text}")
-        return float(text)
-    convert.__name__ = "number"
-    return convert
 
 
 def complete(args):
@@ -236,7 +219,7 @@ def start(args, texts):
 
 
 def vocabulary_text(texts):
-    """Yield the lines that a new vocabulary is trained on: all text but that of dev and test."""
+    """Yield the lines that a new vocabulary is trained on: --train and --parallel."""
     for language, content in texts.train.items():
         if content is None:
             for story in data.stories("pretrain", 3000):
@@ -262,6 +245,8 @@ def copy_at_first(model):
 
 def freeze(model, parts):
     """Return the parameters that learn, after those of the named parts have been stopped."""
+    if set(parts) == set(PARTS):
+        raise ValueError("--freeze: expected a part that learns, found all four frozen")
     for part in parts:
         getattr(model, part).requires_grad_(False)
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -279,12 +264,12 @@ def schedule(step, args):
 def draw_examples(texts, tokenizer, args):
     """Return the function from which `data.batches` draws the training examples."""
     if args.pretrain:
-        return data.corruption(data.pages(texts.train, args.bilingual), tokenizer, args.seed)
+        return data.corruption(data.pages(texts.train, args.bilingual), tokenizer, args)
     pairs = [pair for language in texts.train.values() for pair in language]
     draw = data.epochs(pairs, lambda pair: data.encode_pair(pair, tokenizer, args), args.seed)
     if not args.mix:
         return draw
-    unlabelled = data.corruption(data.pages(texts.mix, bilingual=0), tokenizer, args.seed)
+    unlabelled = data.corruption(data.pages(texts.mix, bilingual=0), tokenizer, args)
     return data.blend(draw, unlabelled, args.mix_share)
 
 
@@ -297,10 +282,10 @@ def measure(model, tokenizer, texts, draw, args, autocast):
         if texts.held_out:
             vectors = scoring.vectors_by_language(model, tokenizer, texts.held_out, args)
             row["xlrs"] = scoring.language_similarity(vectors)
-        if args.pretrain:
-            row["dev_loss"] = scoring.mean_loss(model, draw(10**6, 256))
             row["retrieval"] = {lang: scoring.retrieval(vectors[texts.source], vectors[lang])
                                 for lang in row["xlrs"]}
+        if args.pretrain:
+            row["dev_loss"] = scoring.mean_loss(model, draw(UNSEEN, 256))
         if texts.dev:
             pairs = texts.dev[texts.source][:args.eval_size]
             examples = [data.encode_pair(pair, tokenizer, args) for pair in pairs]
@@ -325,6 +310,7 @@ class Run:
                              "another --out")
         if args.resume:
             self.compare_arguments()
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         facts |= {"versions": {"python": platform.python_version(), "torch": torch.__version__},
                   "parent": file_hash(args.init)}
@@ -334,9 +320,7 @@ class Run:
     def compare_arguments(self):
         """Raise ValueError where the arguments are not those of the run that goes on."""
         path = self.folder / "args.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no run to resume; leave --resume out")
-        old, new = json.loads(path.read_text())["arguments"], vars(self.args)
+        old, new = data.read_json(path, "arguments")["arguments"], vars(self.args)
         for name in sorted(set(old) | set(new)):
             if old.get(name) != new.get(name) and name not in ("resume", "out", "device"):
                 raise ValueError(f"{path}: --{name.replace('_', '-')} was {old.get(name)}, now it "
@@ -376,7 +360,7 @@ class Run:
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(state["random"][1:])
             done = state["step"]
-        rows = [row for row in data.read_log(self.folder) if found and row["step"] <= done]
+        rows = [row for row in data.read_log(self.folder) if row["step"] <= done] if found else []
         data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in rows))
         return done
 
@@ -406,6 +390,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("train.py: stopped; go on with the same command, --out FOLDER and --resume",
+              file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
