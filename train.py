@@ -125,7 +125,8 @@ def parse_args(argv=None):
 def complete(args):
     """Return args with the defaults that depend on other arguments."""
     first = args.train[0]
-    args.task = args.task or ("files" if "=" in first else "completion")
+    args.task = args.task or ("files" if "=" in first else
+                              "title" if args.pretrain else "completion")
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     if args.lr is None:
         args.lr = 2e-3 if args.pretrain else 1e-3
