@@ -176,6 +176,7 @@ def test_a_story_reads_as_it_should_in_german_and_russian():
         "Am Montag war Anna im Park. Plötzlich beschädigte sie die Lampe. "
         "Ihr Bruder arbeitete 3 Stunden lang, konnte sie aber nicht reparieren.")
     assert russian["sentences"][2] == "Брат работал 3 часа, но не смог её починить."
+    assert data.tell(story | {"n": 7}, "ru")["sentences"][2].startswith("Брат работал 7 часов")
     assert russian["ending"] == "В конце концов Анна заплакала и пошла домой с братом."
 
 
@@ -183,6 +184,8 @@ def test_the_splits_of_the_toy_world_share_no_story_whatever_the_seed():
     found = {split: {json.dumps(story) for seed in range(3)
                      for story in data.stories(split, 300, seed)} for split in data.SPLITS}
     assert sum(map(len, found.values())) == len(set().union(*found.values()))
+    for split, keys in found.items():
+        assert {data.split_of(json.loads(key)) for key in keys} == {split}
 
 
 def test_stories_are_distinct_and_the_same_for_the_same_seed():
