@@ -186,7 +186,7 @@ def read_pairs(path, fields=("source", "target")):
                 raise ValueError(f"{path}:{line}: expected text in {field!r}, found {text!r}; "
                                  "mend or remove this line")
             if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError(f"{path}:{line}: expected Unicode text in {field!r}, found half of "
+                raise ValueError(f"{path}:{line}: expected text in {field!r}, found half of "
                                  "a surrogate pair; mend or remove this line")
         pairs.append(tuple(pair))
     if not pairs:
@@ -467,7 +467,7 @@ def tell(story, language):
 def toy_pair(story, language, task):
     """Return (source, target) of a story for a task, one of TASKS."""
     if task not in TASKS:
-        raise ValueError(f"the toy world has the tasks {', '.join(TASKS)}: name one with --task, or "
+        raise ValueError(f"the toy world's tasks are {', '.join(TASKS)}: name one with --task, or "
                          "write LANG=FILE for every text")
     told = tell(story, language)
     opening = " ".join(told["sentences"])

@@ -1419,7 +1419,8 @@ def test_users_files_train_a_new_model_in_any_script(tmp_path):
     (["--reg", "much"], ["--reg", "much"]), (["--batch-size", "0"], ["--batch-size", "at least 1"]),
     (["--fields", "text"], ["--fields", "SOURCE,TARGET"]),
     (["--device", "foo"], ["--device foo"]), (["--train", "en", "en"], ["each language once"]),
-    (["--train", "en=requirements.txt,requirements.txt", "--dev", "en"], ["tasks", "--task"]), (["--resume"], ["--out"])])
+    (["--train", "en=requirements.txt,requirements.txt", "--dev", "en"], ["tasks", "--task"]),
+    (["--resume"], ["--out"])])
 def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
     out = [] if words == ["--resume"] else ["--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:

@@ -99,7 +99,7 @@ def parse_args(argv=None):
                        help="pairs a step (default 32)")
     steps.add_argument("--dropout", type=scoring.real(0, 0.99), metavar="P",
                        help="dropout in training, a probability (default that of the checkpoint)")
-    steps.add_argument("--seed", type=scoring.whole(0), default=0, help="seed of all that is random")
+    steps.add_argument("--seed", type=scoring.whole(0), default=0, help="of all that is random")
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=scoring.whole(1), metavar="N",
                      help="steps between checkpoints (default: a fifth of --steps)")
