@@ -447,10 +447,15 @@ def vectors_by_language(model, tokenizer, sentences, args):
             for lang, side in sentences.items()}
 
 
-def language_similarity(vectors):
-    """Return XLRS of the source, the first language, with each other: {language: cosine}."""
-    _, *others = vectors
-    return dict(zip(others, xlrs(torch.stack(list(vectors.values()))).tolist()))
+def language_similarity(vectors, shift=0):
+    """Return XLRS of the source, the first language, with each other: {language: cosine}.
+
+    shift: compare each sentence with the translation of the one so many lines on. What is left
+    between such mismatched pairs is language and format, not meaning.
+    """
+    source, *others = vectors.values()
+    pooled = torch.stack([source.roll(-shift, 0), *others])
+    return dict(zip(list(vectors)[1:], xlrs(pooled).tolist()))
 
 
 def answer(model, tokenizer, texts, max_source=512, max_target=64, num_beams=1, name="answering"):
@@ -658,6 +663,8 @@ def print_scores(systems, source):
 # Many runs ----------------------------------------------------------------------------------------
 
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees
+SCORES = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_language",
+          "mixed %": "mixed", "loops %": "loops"}  # column -> its key in scores
 
 
 def interval(values, digits=1):
@@ -678,14 +685,28 @@ def summarise(folder):
     known = {name: getattr(args, name) for name in names}
     seen = {word.partition("=")[0] for word in args.train}
     rows = [row for row in rows if row["step"] > 0]
-    if not rows or any({"xlrs", "dev_loss", "test"} - set(row) for row in rows):
+    kept = ("step", "xlrs", "xlrs_mismatched", "dev_loss")
+    if not rows or any({*kept, "test"} - set(row) for row in rows):
         raise ValueError(f"{folder}: expected checkpoints of a run with --dev, --test, --parallel")
     known["checkpoints"] = [
-        {"step": row["step"], "xlrs": row["xlrs"], "dev_loss": row["dev_loss"],
-         "test": {lang: scores for lang, scores in row["test"].items()
-                  if lang == data.languages(args)[0] or lang not in seen}}
+        {key: row[key] for key in kept} | {
+            "test": {lang: scores for lang, scores in row["test"].items()
+                     if lang == data.languages(args)[0] or lang not in seen}}
         for row in rows]
-    return json.loads(json.dumps(known), parse_float=lambda number: float(f"{float(number):.5g}"))
+    return json.loads(json.dumps(known), parse_float=lambda number: float(f"{float(number):.4g}"))
+
+
+def read_runs(paths):
+    """Return the summaries of run folders, or of the JSON files that `compare` wrote."""
+    runs = []
+    for path in map(Path, paths):
+        try:
+            runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
+            method(runs[-1])
+        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
+            raise ValueError(f"{path}: expected a run folder, or what --compare --out "
+                             "wrote") from None
+    return runs
 
 
 def method(run):
@@ -708,49 +729,140 @@ def on_targets(run, row, kind):
     return mean(scores[kind] for lang, scores in row["test"].items() if lang != source)
 
 
+def scores_of(run, row):
+    """Return {column: number} of a checkpoint, `row` of a run."""
+    return {**{name: on_targets(run, row, kind) for name, kind in SCORES.items()},
+            "source ROUGE-L": on_source(run, row, "rougeL"),
+            "XLRS": mean(row["xlrs"].values()),
+            "XLRS mismatched": mean(row["xlrs_mismatched"].values())}
+
+
+def by_language(run, row):
+    """Return {column: number} of a checkpoint: two columns a target language."""
+    source = run["train"][0].partition("=")[0]
+    return {f"{lang} {name}": scores[SCORES[name]] for lang, scores in row["test"].items()
+            if lang != source for name in ("ROUGE-L", "wrong %")}
+
+
+def by_rule(run, _):
+    """Return {rule: target ROUGE-L of the checkpoint that the rule picks from a run}."""
+    rows = run["checkpoints"]
+    picks = {"lowest XLRS": best_row(rows, "xlrs"), "best dev": best_row(rows, "dev"),
+             "last step": rows[-1], "oracle": max(rows, key=lambda row: on_targets(
+                 run, row, "rougeL"))}
+    return {name: on_targets(run, row, "rougeL") for name, row in picks.items()}
+
+
+def within_run(run, _):
+    """Return {score: its rank correlation with XLRS over the checkpoints of a run}."""
+    similarity = [mean(row["xlrs"].values()) for row in run["checkpoints"]]
+    return {f"{name} (rho)": spearman(similarity, [on_targets(run, row, SCORES[name])
+                                                   for row in run["checkpoints"]])
+            for name in ("ROUGE-L", "wrong %")}
+
+
+def print_means(title, heads, entries):
+    """Print a table: mean ± 95 % interval over runs, then of the mean over the tasks.
+
+    entries: (task, *rest of the row's head, seed, {column: number}) for each run; heads names the
+    head's columns. Tasks are averaged seed by seed, where a seed has them all.
+    """
+    groups, seeds = {}, {}
+    for task, *rest, seed, numbers in entries:
+        groups.setdefault((task, *rest), []).append(numbers)
+        seeds.setdefault((*rest, seed), {})[task] = numbers
+    tasks = {task for task, *_ in groups}
+    for (*rest, _), by_task in seeds.items():
+        if len(by_task) == len(tasks) > 1:
+            average = {name: mean(numbers[name] for numbers in by_task.values())
+                       for name in next(iter(by_task.values()))}
+            groups.setdefault(("mean", *rest), []).append(average)
+    columns = list(dict.fromkeys(name for members in groups.values() for name in members[0]))
+    digits = {name: 2 if "XLRS" in heads + [name] or "rho" in name else 1 for name in columns}
+    print(f"\n{title}")
+    table([[*head, len(members), *(
+        interval([numbers[name] for numbers in members], digits[name])
+        if name in members[0] else "" for name in columns)] for head, members in groups.items()],
+          [*heads, "runs", *columns])
+
+
+def at_its_best(runs):
+    """Yield (method, run, checkpoint) at the learning rate and step that serve each task best.
+
+    Best is the highest target ROUGE-L, mean over seeds, on the test set itself: more than anybody
+    could choose, so that no method is called ahead of a badly tuned one.
+    """
+    choices = {}  # (task, method) -> {(lr, step): [(run, checkpoint), …]}
+    for run in runs:
+        for row in run["checkpoints"]:
+            choices.setdefault((run["task"], method(run)), {}).setdefault(
+                (run["lr"], row["step"]), []).append((run, row))
+    for (_, name), by_choice in choices.items():
+        best = max(by_choice.values(), key=lambda pairs: mean(
+            on_targets(run, row, "rougeL") for run, row in pairs))
+        yield from ((name, run, row) for run, row in best)
+
+
+def across_runs(runs):
+    """Return rows: rank correlations of XLRS with scores over the last checkpoints of runs.
+
+    With their 95 % intervals by Fisher's transformation.
+    """
+    rows = []
+    for task in dict.fromkeys(run["task"] for run in runs):
+        for kind in ("--reg 0", "every method"):
+            chosen = [run for run in runs
+                      if run["task"] == task and kind in ("every method", method(run))]
+            last = [scores_of(run, run["checkpoints"][-1]) for run in chosen]
+            rows.append([task, kind, len(chosen), *(
+                fisher([numbers["XLRS"] for numbers in last], [numbers[name] for numbers in last])
+                for name in ("ROUGE-L", "wrong %"))])
+    return rows
+
+
+def fisher(x, y):
+    """Return "rho [low, high]": Spearman's correlation and its 95 % interval."""
+    rho = spearman(x, y)
+    if len(x) < 4 or not abs(rho) < 1:
+        return f"{rho:.2f}"
+    half = 1.96 / math.sqrt(len(x) - 3)
+    return f"{rho:.2f} [{math.tanh(math.atanh(rho) - half):.2f}, " \
+           f"{math.tanh(math.atanh(rho) + half):.2f}]"
+
+
 def compare(paths, out=None):
-    """Print tables over runs, folders or the JSON that this wrote to out: mean ± 95 % interval."""
-    runs = []
-    for path in map(Path, paths):
-        try:
-            runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
-            method(runs[-1])
-        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
-            raise ValueError(f"{path}: expected a run folder, or what --compare --out "
-                             "wrote") from None
+    """Print tables over runs, folders or the JSON that this wrote to out: mean ± 95 % interval.
+
+    Scores are means over the languages that a run did not train on.
+    """
+    runs = read_runs(paths)
     if out:
         lines = [json.dumps(run, ensure_ascii=False) for run in runs]
         data.write_file(out, "[" + ",\n".join(lines) + "]\n")
-    groups = {}
-    for run in runs:
-        groups.setdefault((run["task"], f"{run['lr']:g}", method(run)), []).append(run)
-    heads = {"last": lambda run: run["checkpoints"][-1],
-             "lowest XLRS": lambda run: best_row(run["checkpoints"], "xlrs"),
-             "best dev": lambda run: best_row(run["checkpoints"], "dev"),
-             "oracle": lambda run: max(run["checkpoints"],
-                                       key=lambda row: on_targets(run, row, "rougeL"))}
-    print("At the last step, mean over the languages not trained on:")
-    kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": "source %",
-             "mixed": "mixed %", "loops": "loops %"}
-    table([[*group, len(members),
-            *(interval([on_targets(run, heads["last"](run), kind) for run in members])
-              for kind in kinds),
-            interval([on_source(run, heads["last"](run), "rougeL") for run in members]),
-            interval([mean(run["checkpoints"][-1]["xlrs"].values()) for run in members], 2)]
-           for group, members in groups.items()],
-          ["task", "lr", "method", "runs", *kinds.values(), "source ROUGE-L", "XLRS"])
-    print("\nROUGE-L of the checkpoint chosen by each rule:")
-    table([[*group, len(members),
-            *(interval([on_targets(run, head(run), "rougeL") for run in members])
-              for head in heads.values())] for group, members in groups.items()],
-          ["task", "lr", "method", "runs", *heads])
-    print("\nSpearman's rank correlation with XLRS over the checkpoints of a run:")
-    table([[*group, len(members),
-            *(interval([spearman([mean(row["xlrs"].values()) for row in run["checkpoints"]],
-                                 [on_targets(run, row, kind) for row in run["checkpoints"]])
-                        for run in members], 2) for kind in ("rougeL", "wrong_language"))]
-           for group, members in groups.items()],
-          ["task", "lr", "method", "runs", "ROUGE-L", "wrong %"])
+    rates = [run["lr"] for run in runs]
+    usual = max(rates, key=rates.count)  # the learning rate of most runs
+    heads = ["task", "lr", "method"]
+
+    def entries(measure, only=runs):
+        return [(run["task"], f"{run['lr']:g}", method(run), run["seed"],
+                 measure(run, run["checkpoints"][-1])) for run in only]
+
+    at_usual = [run for run in runs if run["lr"] == usual]
+    print_means("At the last step:", heads, entries(scores_of))
+    print_means("At the last step, by language:", heads, entries(by_language, at_usual))
+    print_means("At the learning rate and step that are best on the test set:", ["task", "method"],
+                [(run["task"], name, run["seed"], {"lr / 1e-4": run["lr"] * 1e4,
+                                                   "step": row["step"], **scores_of(run, row)})
+                 for name, run, row in at_its_best(runs)])
+    print_means(f"Step by step, learning rate {usual:g}:", ["task", "method", "step"],
+                [(run["task"], method(run), row["step"], run["seed"], scores_of(run, row))
+                 for run in at_usual if method(run).startswith("--reg") for row in
+                 run["checkpoints"]])
+    print_means("ROUGE-L of the checkpoint chosen by each rule:", heads, entries(by_rule))
+    print_means("Spearman's rank correlation with XLRS over the checkpoints of a run:", heads,
+                entries(within_run))
+    print("\nSpearman's rank correlation with XLRS over runs, at the last step:")
+    table(across_runs(runs), ["task", "method", "runs", "ROUGE-L", "wrong %"])
 
 
 # Command line -------------------------------------------------------------------------------------

@@ -283,6 +283,7 @@ def measure(model, tokenizer, texts, draw, args, autocast):
         if texts.held_out:
             vectors = scoring.vectors_by_language(model, tokenizer, texts.held_out, args)
             row["xlrs"] = scoring.language_similarity(vectors)
+            row["xlrs_mismatched"] = scoring.language_similarity(vectors, shift=1)
             row["retrieval"] = {lang: scoring.retrieval(vectors[texts.source], vectors[lang])
                                 for lang in row["xlrs"]}
         if args.pretrain:
