@@ -4,6 +4,7 @@ Shapes: B sentences, S source tokens, T target tokens.
 """
 
 import configparser
+import contextlib
 import csv
 import functools
 import io
@@ -105,7 +106,7 @@ def write_file(path, content):
     """Write content to path under a temporary name, flush it to disk, then rename it.
 
     content: bytes, str, or a function that writes into the open binary file it is given.
-    A reader sees the old file or the whole new one, never a part. Raises OSError.
+    A reader sees the old file or the whole new one, never a part. Raises OSError, path named.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -118,8 +119,14 @@ def write_file(path, content):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save puts its own error over the disk's
+        why = error if isinstance(error, OSError) else error.__context__
+        raise OSError(f"{path}: could not be written ({getattr(why, 'strerror', None) or error}); "
+                      "what stood there before still does; make room, or write elsewhere with "
+                      "--out") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def train_tokenizer(lines, vocab_size):
@@ -636,13 +643,13 @@ def parallel_texts(args):
 
 
 def parallel_batches(parallel, tokenizer, args, start=0):
-    """Yield (input_ids (L * B, S), mask) for ever from number start on, language by language."""
+    """Yield (input_ids (L, B, S), mask) for ever, from number start on."""
     lines = len(next(iter(parallel.values())))
     for step in itertools.count(start):
         chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
         ids = [cut(tokenizer.encode(side[i]), args.max_source)
                for side in parallel.values() for i in chosen]
-        input_ids = pad(ids)
+        input_ids = pad(ids).unflatten(0, (len(parallel), -1))
         yield input_ids, input_ids != PAD
 
 

@@ -413,9 +413,12 @@ def pick_device(device=None, dtype=None):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: torch can't compute there; leave it out") from None
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not has_bf16:
+        raise ValueError("--dtype bfloat16: this GPU has none; leave it out")
     if dtype:
         return device, dtype, "as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+    if device.type == "cuda" and has_bf16:
         return device, "bfloat16", "this GPU has bfloat16"
     return device, "float32", "a CPU" if device.type == "cpu" else "this GPU has no bfloat16"
 
@@ -868,11 +871,12 @@ def compare(paths, out=None):
 # Command line -------------------------------------------------------------------------------------
 
 
-def whole(least):
-    """Return an argparse type: an integer of at least so much."""
+def whole(least, most=math.inf):
+    """Return an argparse type: an integer in [least, most]."""
     def convert(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected at least {least}, found {text}")
+        if not least <= int(text) <= most:
+            limit = f"at least {least}" if int(text) < least else f"at most {most}"
+            raise argparse.ArgumentTypeError(f"expected {limit}, found {text}")
         return int(text)
     convert.__name__ = "whole number"
     return convert
@@ -887,6 +891,14 @@ def real(least, most=math.inf):
         return float(text)
     convert.__name__ = "number"
     return convert
+
+
+def precision(text):
+    """An argparse type: the name of a precision that mT5 can compute in."""
+    if text not in ("float32", "bfloat16"):
+        why = "; mT5's states overflow float16 to NaN" if text in ("float16", "fp16") else ""
+        raise argparse.ArgumentTypeError(f"expected float32 or bfloat16, found {text!r}{why}")
+    return text
 
 
 def parse_args(argv=None):
@@ -905,7 +917,8 @@ def parse_args(argv=None):
     model.add_argument("--test-size", type=whole(1), metavar="N", help="test texts a language")
     model.add_argument("--num-beams", type=whole(1), metavar="N", help="beams in generation")
     model.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
-    model.add_argument("--dtype", choices=["float32", "bfloat16"], help="precision")
+    model.add_argument("--dtype", type=precision, metavar="float32|bfloat16",
+                       help="precision of the matrix products (default as in train.py)")
     model.add_argument("--out", metavar="PATH", help="where scores.json and outputs.jsonl go "
                        "(default: the run; for a checkpoint runs/eval)")
     files = parser.add_argument_group("score files, one text a line")

@@ -3,6 +3,7 @@ parity with the tools in use, and each script as a user starts it."""
 
 import argparse
 import collections
+import contextlib
 import functools
 import inspect
 import io
@@ -12,10 +13,12 @@ import os
 import pickle
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import timeit
 from dataclasses import asdict
 from pathlib import Path
@@ -1343,9 +1346,7 @@ def test_a_run_goes_on_to_the_same_weights_after_it_was_cut_off(small_run, tmp_p
     (cut_off / "log.jsonl").write_text(log[:len(log) * 2 // 3])  # a torn line at its end
     finished = script("train.py", "--reg", 0.1, *SMALL, "--out", cut_off, "--resume")
     assert finished.returncode == 0, finished.stderr
-    whole, resumed = (mt5.read_checkpoint(path / "step_000006.pt") for path in (folder, cut_off))
-    for name, tensor in whole["model"].items():
-        assert torch.equal(tensor, resumed["model"][name]), name
+    same_weights(folder, cut_off)
     assert [row["step"] for row in rows(cut_off, "train")] == [1, 2, 3, 4, 5, 6]
     assert (cut_off / "scores.json").read_text() == (folder / "scores.json").read_text()
 
@@ -1420,7 +1421,8 @@ def test_users_files_train_a_new_model_in_any_script(tmp_path):
     (["--fields", "text"], ["--fields", "SOURCE,TARGET"]),
     (["--device", "foo"], ["--device foo"]), (["--train", "en", "en"], ["each language once"]),
     (["--train", "en=requirements.txt,requirements.txt", "--dev", "en"], ["tasks", "--task"]),
-    (["--resume"], ["--out"])])
+    (["--dtype", "float16"], ["--dtype", "float16", "overflow"]),
+    (["--seed", str(2**70)], ["--seed", "at most"]), (["--resume"], ["--out"])])
 def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
     out = [] if words == ["--resume"] else ["--out", str(tmp_path / "run")]
     with pytest.raises(SystemExit) as stopped:
@@ -1480,6 +1482,143 @@ def test_an_interval_is_students():
 def test_a_loop_is_three_tokens_that_come_again():
     assert scoring.loops("and the hat and the hat and the hat")
     assert not scoring.loops("and the hat and the bag") and not scoring.loops("")
+
+
+# Runs that die -----------------------------------------------------------------------------------
+
+
+def same_weights(one, other, step=6):
+    """Assert that two runs wrote the same bytes into every weight."""
+    one, other = (mt5.read_checkpoint(path / f"step_{step:06d}.pt")["model"]
+                  for path in (one, other))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def log_grows(folder, process, rows):
+    """Wait until a run's log has so many rows or its process has ended."""
+    log = folder / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= rows):
+        time.sleep(0.01)
+
+
+def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(small_run, tmp_path):
+    folder, _ = small_run
+    command = [sys.executable, "train.py", "--reg", "0.1", *map(str, SMALL), "--out",
+               str(tmp_path / "run"), "--resume"]
+    for rows_before in (1, 4, 6):
+        process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL,
+                                   stdout=subprocess.DEVNULL)
+        log_grows(tmp_path / "run", process, rows_before)
+        process.kill()
+        process.wait()
+    finished = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    same_weights(folder, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0, 2, 4, 6]
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_finished_step(small_run, tmp_path, monkeypatch, capsys, number):
+    folder, _ = small_run
+    schedule = train.schedule
+
+    def interrupted(step, args):
+        if step == 4:
+            os.kill(os.getpid(), number)
+        return schedule(step, args)
+
+    words = ["--reg", "0.1", *map(str, SMALL), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(train, "schedule", interrupted)
+        train.main(words)
+    assert stopped.value.code == 130
+    assert "--resume" in capsys.readouterr().err.splitlines()[-1]
+    assert read_checkpoint(tmp_path / "run" / "step_000003.pt")["step"] == 3
+    train.main([*words, "--resume"])
+    same_weights(folder, tmp_path / "run")
+
+
+def test_a_signal_waits_for_the_end_of_an_update():
+    finished = False
+    with pytest.raises(KeyboardInterrupt):
+        with train.undisturbed():
+            os.kill(os.getpid(), signal.SIGINT)
+            finished = True
+    assert finished
+
+
+def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*map(str, SMALL), "--lr", "1e30", "--out", str(tmp_path / "run")])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "step 2: expected finite numbers" in line
+    assert "learning rate 1e+30" in line and "nonfinite.jsonl" in line
+    texts = [json.loads(text) for text in open(tmp_path / "run" / "nonfinite.jsonl")]
+    assert len(texts) == 8 and "In the end" in texts[0]["target"]
+    assert (tmp_path / "run" / "step_000000.pt").exists()
+
+
+def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); " \
+              "import train; train.main(sys.argv[1:])"  # a checkpoint with AdamW's state is larger
+    finished = script("-c", limited, *SMALL, "--out", tmp_path / "run")
+    fails_in_one_line(finished, "step_000002.pt: could not be written", "make room")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"args.json", "log.jsonl", "step_000000.pt"}
+    read_checkpoint(tmp_path / "run" / "step_000000.pt")
+
+
+def torchrun(*words, **settings):
+    """Return the process of `torchrun … train.py WORDS…`, started on two processes."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "train.py", "--reg", "0.1", *map(str, SMALL), *map(str, words)], cwd=HERE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
+
+
+def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(small_run, tmp_path):
+    folder, _ = small_run
+    process = torchrun("--out", tmp_path / "two")
+    printed, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert printed.count("mean but en") == 1  # one process reports
+    for one, two in zip(rows(folder, "train"), rows(tmp_path / "two", "train"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        assert two["xlrs"] == pytest.approx(one["xlrs"], abs=1e-4)
+    for path in (tmp_path / "two").glob("step_00000[46].pt"):
+        path.unlink()
+    finished = script("train.py", "--reg", 0.1, *SMALL, "--out", tmp_path / "two", "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert rows(tmp_path / "two", "train")[-1]["loss"] == pytest.approx(
+        rows(folder, "train")[-1]["loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds a process by /proc")
+def test_a_process_that_dies_ends_the_others_and_the_run_can_go_on(tmp_path):
+    process = torchrun("--steps", 500, "--out", tmp_path / "run")
+    log_grows(tmp_path / "run", process, 5)
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if str(tmp_path / "run").encode() in words and b"RANK=1" in environment:
+                os.kill(int(folder.name), signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0 and (tmp_path / "run").exists(), errors
+    assert any(line.startswith("train.py: ") and "--resume" in line
+               for line in errors.splitlines()), errors
+    steps = [row["step"] for row in rows(tmp_path / "run", "train")]
+    assert read_checkpoint(sorted((tmp_path / "run").glob("step_*.pt"))[-1])["step"] == steps[-1]
+
+
+def test_what_the_processes_cannot_divide_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--reg-batch that 3 divides"):
+        train.join(torch.device("cpu"), argparse.Namespace(batch_size=8, reg_batch=8))
 
 
 # Figures: python test_xlrs.py --bench -------------------------------------------------------------

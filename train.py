@@ -6,17 +6,24 @@
 """
 
 import argparse
+import contextlib
+import datetime
 import hashlib
 import itertools
 import json
 import math
+import os
 import platform
+import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -99,7 +106,8 @@ def parse_args(argv=None):
                        help="pairs a step (default 32)")
     steps.add_argument("--dropout", type=scoring.real(0, 0.99), metavar="P",
                        help="dropout in training, a probability (default that of the checkpoint)")
-    steps.add_argument("--seed", type=scoring.whole(0), default=0, help="of all that is random")
+    steps.add_argument("--seed", type=scoring.whole(0, 2**63 - 1), default=0, metavar="N",
+                       help="of all that is random (default 0)")
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=scoring.whole(1), metavar="N",
                      help="steps between checkpoints (default: a fifth of --steps)")
@@ -110,9 +118,10 @@ def parse_args(argv=None):
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
     run.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
-    run.add_argument("--dtype", choices=["float32", "bfloat16"],
+    run.add_argument("--dtype", type=scoring.precision, metavar="float32|bfloat16",
                      help="precision of the matrix products; weights stay float32 (default "
-                          "bfloat16 on a GPU that has it, else float32)")
+                          "bfloat16 on a GPU that has it, else float32; float16 is not offered: "
+                          "mT5's states overflow it)")
     run.add_argument("--compile", action="store_true", help="compile the model (torch.compile)")
     args = parser.parse_args(argv)
     if args.resume and not args.out:
@@ -146,7 +155,9 @@ def complete(args):
 def train(args):
     """The whole of a run: load, learn, measure, choose, report."""
     device, dtype, why = scoring.pick_device(args.device, args.dtype)
-    print(f"device {device}, {dtype} ({why})")
+    rank, ranks = join(device, args)
+    if rank == 0:
+        print(f"device {device}, {dtype} ({why})")
     torch.manual_seed(args.seed)
     texts = data.load_texts(args)
     scoring.identifier().choice(data.languages(args))
@@ -156,45 +167,53 @@ def train(args):
         model.forward, model.encode = torch.compile(model.forward), torch.compile(model.encode)
     learning = freeze(model, args.freeze)
     optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    run = Run(args, model, tokenizer, optimizer, device=str(device), dtype=dtype, why=why)
-    done = run.resume() if args.resume else 0
+    run = Run(args, model, tokenizer, optimizer, rank, device=str(device), dtype=dtype, why=why)
+    objective = Objective(model, args.reg_floor)
+    if ranks > 1:
+        objective = DistributedDataParallel(objective)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     draw = draw_examples(texts, tokenizer, args)
-    pair_batches = data.batches(draw, args.batch_size, args.seed, done)
-    parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, done) if args.reg
-                        else itertools.repeat(None))
-    if not done:
-        run.checkpoint(0, measure(model, tokenizer, texts, draw, args, autocast))
+    pair_batches = data.batches(draw, args.batch_size, args.seed, run.done)
+    parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, run.done)
+                        if args.reg else itertools.repeat(None))
 
-    steps = tqdm(range(done + 1, args.steps + 1), initial=done, total=args.steps, desc="training")
-    for step, pair_batch, parallel_batch in zip(steps, pair_batches, parallel_batches):
-        began = time.perf_counter()
-        model.train()
-        optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args)
-        with autocast:
-            loss = model(*(tensor.to(device) for tensor in pair_batch))
-            term, similarity = torch.zeros(()), None
-            if parallel_batch is not None:
-                input_ids, mask = (tensor.to(device) for tensor in parallel_batch)  # (L * B, S)
-                pooled = pool(model.encode(input_ids, mask), mask)
-                pooled = pooled.unflatten(0, (len(texts.parallel), -1))  # (L, B, D)
-                term = regulariser(pooled, args.reg_floor)
-                similarity = xlrs(pooled).mean().item()
-        total = loss + args.reg * term
-        if not math.isfinite(total.item()):
-            raise ValueError(f"step {step}: the loss is {total.item()}; the last checkpoint "
-                             f"stands; try a learning rate below --lr {args.lr:g}")
-        optimizer.zero_grad()
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(learning, 1.0)
-        optimizer.step()
-        steps.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        speed = int(pair_batch[1].sum() / (time.perf_counter() - began))
-        run.log(kind="train", step=step, loss=loss.item(), reg=term.item(), xlrs=similarity, lr=lr,
-                tokens_per_s=speed)
-        if step % args.eval_every == 0 or step == args.steps:
-            run.checkpoint(step, measure(model, tokenizer, texts, draw, args, autocast))
+    def look():
+        """Measure the present checkpoint, if one is due that the log lacks."""
+        if run.lacks_measurement():
+            run.save()
+            run.log(kind="eval", step=run.done,
+                    **measure(model, tokenizer, texts, draw, args, autocast))
+            run.remove_old_checkpoints()
 
+    with interruptible(run):
+        look()
+        steps = tqdm(range(run.done + 1, args.steps + 1), initial=run.done, total=args.steps,
+                     desc="training", disable=rank > 0)
+        for step, pairs, parallel in zip(steps, pair_batches, parallel_batches):
+            began = time.perf_counter()
+            model.train()
+            torch.manual_seed(seed_of(args.seed, step, rank))  # of this step's dropout
+            optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args)
+            with autocast:
+                loss, term, similarity = objective(rows_of(pairs, device), rows_of(parallel, device))
+            total = loss + args.reg * term
+            optimizer.zero_grad()
+            (ranks * total).backward()  # DistributedDataParallel divides by the ranks
+            norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            loss, term, similarity, norm = (
+                x.item() for x in (summed(loss), term, similarity, norm))
+            if not math.isfinite(loss + norm):
+                run.refuse(step, pairs, loss=loss, norm=norm, lr=lr)
+            with undisturbed():
+                optimizer.step()
+                run.done = step
+                run.log(kind="train", step=step, loss=loss, reg=term, lr=lr,
+                        xlrs=similarity if args.reg else None,
+                        tokens_per_s=int(pairs[1].sum() / (time.perf_counter() - began)))
+            steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            look()
+    if rank > 0:
+        return
     if args.pretrain:
         save(run.folder / "base.pt", model, tokenizer)
         print(f"wrote {run.folder / 'base.pt'}")
@@ -202,6 +221,31 @@ def train(args):
         scoring.choose_checkpoint(run.folder)
         if texts.test:
             scoring.score_run(run.folder, args, device, autocast)
+
+
+class Objective(torch.nn.Module):
+    """The two parts of what a step minimises, `loss = cross-entropy + λ · term`."""
+
+    def __init__(self, model, floor):
+        super().__init__()
+        self.model, self.floor = model, floor
+
+    def forward(self, pairs, parallel):
+        """Return (cross-entropy in nats a token, the regulariser's term, XLRS), scalars.
+
+        pairs: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (L, B, S),
+        mask), the source language first, or None. Of several processes each has its rows; the
+        cross-entropy is then this one's share of the mean, the other two are of all rows.
+        """
+        count = (pairs[2] != data.IGNORE).sum()
+        loss = self.model(*pairs) * (count / summed(count))
+        if parallel is None:
+            return loss, loss.new_zeros(()), loss.new_zeros(())
+        input_ids, mask = parallel
+        states = self.model.encode(input_ids.flatten(0, 1), mask.flatten(0, 1))  # (L * B, S, D)
+        pooled = pool(states, mask.flatten(0, 1)).unflatten(0, mask.shape[:2])  # (L, B, D)
+        pooled = gathered(pooled)
+        return loss, regulariser(pooled, self.floor), xlrs(pooled).mean()
 
 
 def start(args, texts):
@@ -301,23 +345,29 @@ def measure(model, tokenizer, texts, draw, args, autocast):
 
 
 class Run:
-    """A run's folder: args.json, log.jsonl and a `step_NNNNNN.pt` at each measurement."""
+    """A run's folder: args.json, log.jsonl and a `step_NNNNNN.pt` at each measurement.
 
-    def __init__(self, args, model, tokenizer, optimizer, **facts):
+    done: how many steps are finished. Of several processes only that of rank 0 writes.
+    """
+
+    def __init__(self, args, model, tokenizer, optimizer, rank, **facts):
         self.args, self.model, self.tokenizer, self.optimizer = args, model, tokenizer, optimizer
+        self.rank, self.done, self.measured = rank, 0, set()
         self.folder = Path(args.out) if args.out else free_folder(args)
         self.log_path = self.folder / "log.jsonl"
-        if self.log_path.exists() and not args.resume:
+        exists = (self.folder / "args.json").exists()
+        if exists and not args.resume:
             raise ValueError(f"{self.folder} holds a run already: go on with --resume, or choose "
                              "another --out")
-        if args.resume:
+        if exists:
             self.compare_arguments()
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        facts |= {"versions": {"python": platform.python_version(), "torch": torch.__version__},
-                  "parent": file_hash(args.init)}
-        data.write_file(self.folder / "args.json",
-                        json.dumps({"arguments": vars(args), **facts}, indent=1) + "\n")
+            self.resume()
+        elif rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            facts |= {"versions": {"python": platform.python_version(), "torch": torch.__version__},
+                      "parent": file_hash(args.init)}
+            data.write_file(self.folder / "args.json",
+                            json.dumps({"arguments": vars(args), **facts}, indent=1) + "\n")
 
     def compare_arguments(self):
         """Raise ValueError where the arguments are not those of the run that goes on."""
@@ -328,43 +378,71 @@ class Run:
                 raise ValueError(f"{path}: --{name.replace('_', '-')} was {old.get(name)}, now it "
                                  f"is {new.get(name)}; resume with the same arguments")
 
-    def log(self, **row):
-        with open(self.log_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def checkpoint(self, step, row):
-        """Write the log's evaluation row, then the checkpoint, with all that a resume needs."""
-        self.log(kind="eval", step=step, **row)
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        save(self.folder / f"step_{step:06d}.pt", self.model, self.tokenizer, step=step,
-             optimizer=self.optimizer.state_dict(), random=[torch.get_rng_state(), *cuda])
-        if self.args.keep:
-            self.remove_all_but(self.args.keep)
-
-    def remove_all_but(self, count):
-        """Remove checkpoints but for the last count, the base, and the best by either rule."""
-        _, rows = scoring.read_run(self.folder)
-        best = {scoring.best_row(rows, by)["step"] for by, field in scoring.MEASURES.items()
-                if len(rows) > 1 and field in rows[0]}
-        for path in sorted(self.folder.glob("step_*.pt"))[1:-count]:
-            if int(path.stem.removeprefix("step_")) not in best:
-                path.unlink()
-
     def resume(self):
-        """Restore the last checkpoint; return its step, 0 where there is none yet."""
+        """Restore the last checkpoint, if there is one yet, and cut the log off after it."""
         found = sorted(self.folder.glob("step_*.pt"))
-        done = 0
         if found:
             state = read_checkpoint(found[-1])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            torch.set_rng_state(state["random"][0])
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(state["random"][1:])
-            done = state["step"]
-        rows = [row for row in data.read_log(self.folder) if row["step"] <= done] if found else []
+            self.done = state["step"]
+        if self.rank > 0:
+            return
+        rows = [row for row in data.read_log(self.folder) if row["step"] <= self.done] \
+            if self.log_path.exists() and found else []
+        self.measured = {row["step"] for row in rows if row["kind"] == "eval"}
         data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in rows))
-        return done
+        for left_by_a_kill in self.folder.glob(".*.tmp"):
+            left_by_a_kill.unlink()
+
+    def log(self, **row):
+        """Append a row to the log; rows of measurements reach the disk before this returns."""
+        if self.rank > 0:
+            return
+        with open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            if row["kind"] == "eval":
+                self.measured.add(row["step"])
+                file.flush()
+                os.fsync(file.fileno())
+
+    def lacks_measurement(self):
+        """Return whether this process is to measure the model now."""
+        due = self.done % self.args.eval_every == 0 or self.done == self.args.steps
+        return self.rank == 0 and due and self.done not in self.measured
+
+    def save(self):
+        """Write the checkpoint of the last finished step, with all that a resume needs.
+
+        No random state: whatever is random in a step depends on the seed and its number alone.
+        """
+        path = self.folder / f"step_{self.done:06d}.pt"
+        if self.rank == 0 and not path.exists():
+            save(path, self.model, self.tokenizer, step=self.done,
+                 optimizer=self.optimizer.state_dict())
+
+    def remove_old_checkpoints(self):
+        """Keep the last --keep checkpoints, the base, and the best by either rule."""
+        if not self.args.keep:
+            return
+        _, rows = scoring.read_run(self.folder)
+        best = {scoring.best_row(rows, by)["step"] for by, field in scoring.MEASURES.items()
+                if len(rows) > 1 and field in rows[0]}
+        for path in sorted(self.folder.glob("step_*.pt"))[1:-self.args.keep]:
+            if int(path.stem.removeprefix("step_")) not in best:
+                path.unlink()
+
+    def refuse(self, step, pairs, lr, **numbers):
+        """Write the batch of a step that is not finite, and raise ValueError; it was not taken."""
+        path = self.folder / "nonfinite.jsonl"
+        texts = [{"source": self.tokenizer.decode(source), "target": self.tokenizer.decode(target)}
+                 for source, target in zip(pairs[0].tolist(), pairs[2].tolist())]
+        if self.rank == 0:
+            data.write_file(path, "".join(json.dumps(text) + "\n" for text in texts))
+        found = ", ".join(f"{name} {number}" for name, number in numbers.items())
+        raise ValueError(f"step {step}: expected finite numbers, found {found} at learning rate "
+                         f"{lr:g}; its {len(texts)} texts are in {path}, the checkpoints before "
+                         "stand; try a lower --lr")
 
 
 def free_folder(args):
@@ -385,17 +463,118 @@ def file_hash(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def seed_of(*numbers):
+    """Return one seed for torch of several numbers ≥ 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
+# Being stopped.
+
+@contextlib.contextmanager
+def interruptible(run):
+    """Let SIGTERM and Ctrl-C end the run once its last finished step has been saved."""
+    try:
+        yield
+    except (KeyboardInterrupt, *lost_contact()):
+        with undisturbed():
+            run.save()
+        raise
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Let a signal that arrives inside wait until its end, then raise KeyboardInterrupt."""
+    arrived = []
+    old = {number: signal.signal(number, lambda *_: arrived.append(True))
+           for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        if arrived:
+            raise KeyboardInterrupt
+
+
+# Several processes, started by torchrun. Each draws the same batch and takes every N-th row of it;
+# DistributedDataParallel makes the mean of their gradients.
+
+def join(device, args):
+    """Return (rank of this process, number of processes), after all have found each other."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count > 1:
+        if args.batch_size < count or args.reg_batch % count:
+            raise ValueError(f"expected --batch-size of at least {count} and a --reg-batch that "
+                             f"{count} divides, the number of processes, found {args.batch_size} "
+                             f"and {args.reg_batch}")
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        patience = datetime.timedelta(days=1)  # while one process measures the others wait
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                       timeout=patience)
+    return process()
+
+
+def process():
+    """Return (rank of this process, number of processes)."""
+    if not distributed.is_initialized():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def lost_contact():
+    """Return the errors that tell of another process's death."""
+    return (RuntimeError,) if distributed.is_initialized() else ()
+
+
+def rows_of(tensors, device):
+    """Return this process's rows, B / N of (…, B, S) tensors, on the device; None of None."""
+    rank, count = process()
+    return tensors and [tensor[..., rank::count, :].to(device) for tensor in tensors]
+
+
+def summed(x):
+    """Return the sum over all processes of a tensor, without gradient."""
+    x = x.detach().clone()
+    if distributed.is_initialized():
+        distributed.all_reduce(x)
+    return x
+
+
+def gathered(pooled):
+    """Return the vectors (L, B, D) of all processes, this one's with their gradient."""
+    if not distributed.is_initialized():
+        return pooled
+    rank, count = process()
+    parts = [torch.empty_like(pooled) for _ in range(count)]
+    distributed.all_gather(parts, pooled.detach().contiguous())
+    parts[rank] = pooled
+    return torch.cat(parts, dim=1)
+
+
 def main(argv=None):
     args = parse_args(argv)
+    folder = args.out or "FOLDER"
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         train(args)
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        fail(error)
+    except torch.OutOfMemoryError:
+        fail("the device's memory is full; try a smaller --batch-size, --reg-batch, --max-source "
+             "or --max-target, or a vocabulary cut down by: python model.py convert --trim")
+    except lost_contact():
+        fail(f"another process has ended; start all again with --out {folder} --resume")
     except KeyboardInterrupt:
-        print("train.py: stopped; go on with the same command, --out FOLDER and --resume",
-              file=sys.stderr)
-        raise SystemExit(130) from None
+        fail(f"stopped after the last finished step; go on with the same command, --out {folder} "
+             "and --resume", code=130)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def fail(message, code=2):
+    print(f"train.py: {message}", file=sys.stderr)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":
