@@ -538,27 +538,28 @@ def mean(values):
 MEASURES = {"xlrs": "xlrs", "dev": "dev_loss"}  # the rule, and the log's field that it goes by
 
 
-def best_row(rows, by):
+def best_row(rows, by, floor=-1.0):
     """Return the evaluation row that the rule picks; the base, step 0, is not on offer.
 
-    by: "xlrs" or "dev", as in xlrs.choose; the development score is minus the loss.
+    by: "xlrs" or "dev", and floor, as in xlrs.choose; the development score is minus the loss.
     """
     trained = [row for row in rows if row["step"] > 0]
     known = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
               "dev": -row.get("dev_loss", float("nan"))} for row in trained]
-    return trained[known.index(choose(known, by))]
+    return trained[known.index(choose(known, by, floor))]
 
 
 def choose_checkpoint(folder, by=None):
     """Return the row of a run's chosen checkpoint, and write its step to selected.json.
 
     by: as in best_row; by default "xlrs" where the run measured it, else "dev", else the last.
+    XLRS counts down to the run's own floor.
     """
-    _, rows = read_run(folder)
+    args, rows = read_run(folder)
     if not rows:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
     by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
-    row = rows[-1] if by == "last" else best_row(rows, by)
+    row = rows[-1] if by == "last" else best_row(rows, by, args.reg_floor)
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
     return row
@@ -750,9 +751,10 @@ def by_language(run, row):
 def by_rule(run, _):
     """Return {rule: target ROUGE-L of the checkpoint that the rule picks from a run}."""
     rows = run["checkpoints"]
-    picks = {"lowest XLRS": best_row(rows, "xlrs"), "best dev": best_row(rows, "dev"),
-             "last step": rows[-1], "oracle": max(rows, key=lambda row: on_targets(
-                 run, row, "rougeL"))}
+    picks = {"XLRS down to the floor": best_row(rows, "xlrs", run["reg_floor"]),
+             "lowest XLRS": best_row(rows, "xlrs"), "best dev": best_row(rows, "dev"),
+             "last step": rows[-1],
+             "oracle": max(rows, key=lambda row: on_targets(run, row, "rougeL"))}
     return {name: on_targets(run, row, "rougeL") for name, row in picks.items()}
 
 
@@ -781,12 +783,21 @@ def print_means(title, heads, entries):
                        for name in next(iter(by_task.values()))}
             groups.setdefault(("mean", *rest), []).append(average)
     columns = list(dict.fromkeys(name for members in groups.values() for name in members[0]))
-    digits = {name: 2 if "XLRS" in heads + [name] or "rho" in name else 1 for name in columns}
+    digits = {name: 2 if name in ("XLRS", "XLRS mismatched") or "rho" in name else 1
+              for name in columns}
     print(f"\n{title}")
     table([[*head, len(members), *(
         interval([numbers[name] for numbers in members], digits[name])
         if name in members[0] else "" for name in columns)] for head, members in groups.items()],
           [*heads, "runs", *columns])
+
+
+def chosen_row(run):
+    """Return the checkpoint that is chosen without any target-language data.
+
+    By XLRS where it was regularised, as in the paper; else by English development loss, as usual.
+    """
+    return best_row(run["checkpoints"], "xlrs" if run["reg"] else "dev", run["reg_floor"])
 
 
 def at_its_best(runs):
@@ -804,6 +815,33 @@ def at_its_best(runs):
         best = max(by_choice.values(), key=lambda pairs: mean(
             on_targets(run, row, "rougeL") for run, row in pairs))
         yield from ((name, run, row) for run, row in best)
+
+
+def headline(rows):
+    """Return how far the regularised runs are from the plain ones: a table's row.
+
+    rows: (method, run, checkpoint). The mean over tasks; its difference seed by seed, with a 95 %
+    interval where both have the same seeds.
+    """
+    means = {}  # method -> seed -> column -> one number a task
+    for name, run, row in rows:
+        if name in ("--reg 0", "--reg 0.1"):
+            columns = means.setdefault(name, {}).setdefault(run["seed"], {})
+            for column, number in scores_of(run, row).items():
+                columns.setdefault(column, []).append(number)
+    plain, ours = ({seed: {column: mean(numbers) for column, numbers in columns.items()}
+                    for seed, columns in means.get(name, {}).items()}
+                   for name in ("--reg 0", "--reg 0.1"))
+    cells = []
+    for column in ("source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"):
+        before, after = (mean(numbers[column] for numbers in side.values())
+                         for side in (plain, ours))
+        change = interval([ours[seed][column] - plain[seed][column]
+                           for seed in plain if seed in ours])
+        cells.append(f"{before:.1f} -> {after:.1f} ({change})")
+    before, after = (mean(numbers["source %"] for numbers in side.values())
+                     for side in (plain, ours))
+    return [f"{100 * (after / before - 1) if before else math.nan:.0f} %", *cells]
 
 
 def across_runs(runs):
@@ -851,12 +889,25 @@ def compare(paths, out=None):
                  measure(run, run["checkpoints"][-1])) for run in only]
 
     at_usual = [run for run in runs if run["lr"] == usual]
+    best = list(at_its_best(runs))
+    if {"--reg 0", "--reg 0.1"} <= {method(run) for run in at_usual}:
+        print("--reg 0 -> --reg 0.1 (difference ± 95 % interval over seeds), mean over the tasks:")
+        table([["last step", *headline([(method(run), run, run["checkpoints"][-1])
+                                        for run in at_usual])],
+               ["chosen checkpoint", *headline([(method(run), run, chosen_row(run))
+                                                for run in at_usual])],
+               ["each at its best", *headline(best)]],
+              ["", "source %", "source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"])
     print_means("At the last step:", heads, entries(scores_of))
+    print_means("At the checkpoint chosen by XLRS where --reg is on, else by source dev loss:",
+                ["task", "method"], [(run["task"], method(run), run["seed"],
+                                      {"step": row["step"], **scores_of(run, row)})
+                                     for run in at_usual for row in [chosen_row(run)]])
     print_means("At the last step, by language:", heads, entries(by_language, at_usual))
     print_means("At the learning rate and step that are best on the test set:", ["task", "method"],
                 [(run["task"], name, run["seed"], {"lr / 1e-4": run["lr"] * 1e4,
                                                    "step": row["step"], **scores_of(run, row)})
-                 for name, run, row in at_its_best(runs)])
+                 for name, run, row in best])
     print_means(f"Step by step, learning rate {usual:g}:", ["task", "method", "step"],
                 [(run["task"], method(run), row["step"], run["seed"], scores_of(run, row))
                  for run in at_usual if method(run).startswith("--reg") for row in

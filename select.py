@@ -25,8 +25,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Choose a checkpoint of a run.")
     parser.add_argument("run", metavar="RUN", help="a run folder that train.py wrote")
     parser.add_argument("--by", choices=["xlrs", "dev"],
-                        help="lowest XLRS, or lowest loss on the source language's development "
-                             "set (default xlrs, where the run measured it)")
+                        help="lowest XLRS (down to the run's --reg-floor), or lowest loss on the "
+                             "source language's development set (default xlrs, where the run "
+                             "measured it)")
     return parser.parse_args(argv)
 
 

@@ -426,8 +426,8 @@ class Run:
         if not self.args.keep:
             return
         _, rows = scoring.read_run(self.folder)
-        best = {scoring.best_row(rows, by)["step"] for by, field in scoring.MEASURES.items()
-                if len(rows) > 1 and field in rows[0]}
+        best = {scoring.best_row(rows, by, self.args.reg_floor)["step"]
+                for by, field in scoring.MEASURES.items() if len(rows) > 1 and field in rows[0]}
         for path in sorted(self.folder.glob("step_*.pt"))[1:-self.args.keep]:
             if int(path.stem.removeprefix("step_")) not in best:
                 path.unlink()

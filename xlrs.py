@@ -55,14 +55,16 @@ def regulariser(pooled, floor=0.0):
     return (xlrs(pooled).mean() - floor).clamp(min=0)
 
 
-def choose(checkpoints, by="xlrs"):
+def choose(checkpoints, by="xlrs", floor=-1.0):
     """Return the checkpoint that the rule picks; the earliest of equals.
 
     checkpoints: dicts with "step", "xlrs" (a number in [-1, 1]) and "dev" (the source language's
     development score, higher is better). by="xlrs": lowest XLRS, the paper's rule, which needs no
     target-language data; by="dev": best development score, the usual rule.
+    floor: XLRS below it counts as equal to it (ours): the regulariser can push XLRS as low as one
+    likes, and past its floor that is no merit. -1 leaves the paper's rule as it is.
     """
-    keys = {"xlrs": lambda row: row["xlrs"], "dev": lambda row: -row["dev"]}
+    keys = {"xlrs": lambda row: max(row["xlrs"], floor), "dev": lambda row: -row["dev"]}
     if by not in keys:
         raise ValueError(f"expected by to be one of {sorted(keys)}, found {by!r}")
     if not checkpoints:
