@@ -3,7 +3,9 @@ parity with the tools in use, and each script as a user starts it."""
 
 import argparse
 import collections
+import csv
 import functools
+import importlib.util
 import inspect
 import io
 import json
@@ -17,6 +19,9 @@ import subprocess
 import sys
 import tempfile
 import timeit
+import tracemalloc
+import zipfile
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -230,24 +235,62 @@ def test_a_quoted_line_break_stays_inside_its_field(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, parts", [
-    ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"\n', ["a.jsonl:2", "JSON object"]),
+    ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"\n', ["a.jsonl:2", "JSON"]),
     ("a.jsonl", b'{"source": "a", "target": null}\n', ["a.jsonl:1", "'target'", "None"]),
     ("a.jsonl", b'{"text": "a", "target": "b"}\n', ["a.jsonl:1", "source and target", "--fields"]),
-    ("a.jsonl", b'[1]\n', ["a.jsonl:1", "list"]),
+    ("a.jsonl", b'[1]\n', ["a.jsonl:1", "an object", "[1]"]),
     ("a.jsonl", b'{"source": "\\ud800", "target": "b"}\n', ["a.jsonl:1", "surrogate"]),
     ("a.tsv", b"source\ttarget\na\t\n", ["a.tsv:2", "'target'"]),
     ("a.tsv", b"text\ttarget\na\tb\n", ["a.tsv:1", "columns source and target"]),
     ("a.csv", b"source,target\n", ["a.csv", "only a header"]),
     ("a.csv", b"", ["a.csv", "empty file"]),
     ("a.csv", b"source,target\na,\xff\n", ["a.csv:2", "UTF-8", "0xff"]),
+    ("a.csv", b"source,target\na,b\na,b,c\n", ["a.csv:3", "2 columns, found 3"]),
+    ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double the quote"]),
+    ("a.csv", b"x" * 10**5 + b"\na\n", ["a.csv:1", "columns source and target"]),
+    ("a.jsonl", b"[" * 10**5, ["a.jsonl:1", "expected JSON"]),
+    ("a.jsonl", b'{"source": "a", "target": ' + b"[" * 900 + b"]" * 900 + b"}", ["a.jsonl:1"]),
+    ("a.jsonl", b'{"' + b"x" * 10**5 + b'": 1}', ["a.jsonl:1", "--fields"]),
     ("a.txt", b"x\n", ["a.txt", ".jsonl"])])
 def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, name, content, parts):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
         data.read_pairs(path)
-    for part in parts:
-        assert part in str(caught.value)
+    one_line(caught, *parts)
+    assert len(str(caught.value)) < 500
+
+
+ODD = ["\0", "a\0b", "\x01\x1b[31m\x7f", "\u200b\u200d\ufeff", "\u202eעברית\u200e العربية\u202c",
+       "a\x85\x1cb", "e" + "\u0301" * 50, "\U000e0001\ufff9", "x" * 200_000, "ab " * 50_000]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.tsv", "a.csv"])
+def test_texts_of_odd_characters_and_of_any_length_are_read_as_they_stand(tmp_path, name, pieces):
+    path = tmp_path / name
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        if name == "a.jsonl":
+            file.writelines(json.dumps({"source": a, "target": "b"}) + "\n" for a in ODD)
+        else:
+            writer = csv.writer(file, delimiter="\t" if name == "a.tsv" else ",")
+            writer.writerows([("source", "target"), *((a, "b") for a in ODD)])
+    assert data.read_pairs(path) == [(a, "b") for a in ODD]
+    for text in ODD:
+        ids = data.encode(text, Tokenizer(pieces), 10)
+        assert ids[-1] == EOS and len(ids) <= 10
+
+
+def test_a_long_text_is_not_tokenized_beyond_what_is_kept(pieces):
+    tokenizer, seen = Tokenizer(pieces), []
+    recorder = argparse.Namespace(encode=lambda text: seen.append(len(text)) or
+                                  tokenizer.encode(text))
+    for text in ("the cat sat " * 9000, "猫はマット" * 20_000, "  " * 50_000 + "cat", "cat"):
+        for longest in (2, 40, 512):
+            assert data.encode(text, recorder, longest) == data.cut(
+                tokenizer.encode(text), longest)
+    seen.clear()
+    data.encode("the cat sat " * 9000, recorder, 40)
+    assert sum(seen) < 2000
 
 
 def test_unequal_line_counts_are_named(tmp_path):
