@@ -5,6 +5,7 @@ Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages,
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -35,6 +36,8 @@ NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\
              "\U00020000-\U0003ffff")
 # One character with its marks, or a run of word characters; the lookahead drops punctuation.
 TOKEN = re.compile(rf"(?=[^\W_])[{NO_SPACES}][{MARKS}]*|(?:[^\W_{NO_SPACES}]|[{MARKS}])+")
+# More than 30 marks on a letter: no language writes them, and NFKC takes quadratic time over them.
+PILED = re.compile(rf"([{MARKS}]{{30}})[{MARKS}]+")
 JOINERS = dict.fromkeys([0xAD, 0x200C, 0x200D])  # invisible: they shape or hyphenate a word
 ASCII = bytes(ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else 32 for i in range(256))
 
@@ -43,7 +46,12 @@ def tokens(text):
     """Return the tokens of text that ROUGE-L compares, a list of str; see TOKENS."""
     if text.isascii():  # the same result, several times faster
         return text.encode().translate(ASCII).decode().split()
-    return TOKEN.findall(unicodedata.normalize("NFKC", text).translate(JOINERS).lower())
+    return TOKEN.findall(normal(text).translate(JOINERS).lower())
+
+
+def normal(text):
+    """Return text in the normal form NFKC, with at most 30 marks in a row (Unicode UAX #15, 13)."""
+    return unicodedata.normalize("NFKC", PILED.sub(r"\1", text))
 
 
 def rouge_l(predictions, references):
@@ -111,7 +119,8 @@ ALPHA = .02  # added to every count: what an n-gram that a language never showed
 # was tuned for accuracy, their size so that the probabilities of two words are about true.
 WEIGHTS = (1 / 16, 1 / 4)
 MIXED = 1.5  # nats for the source from which a word counts: clean text shows under 1 %
-BATCH = 1024  # texts at once
+BATCH = 1024  # texts at once,
+LETTERS = 2**20  # and how many letters at most if a text has no more: 150 bytes each
 DENSE = 4  # n-grams known in more columns than this are looked up as a full row: faster
 FORMAT = "xlrs language table 2"
 FOLD = np.full(0x110000, -1, dtype=np.int32)  # code point -> its letter in lower case; -1: unknown
@@ -131,7 +140,7 @@ def spaced(texts):
 
     Each text begins and ends with a space, and one space stands between its words.
     """
-    texts = [f" {unicodedata.normalize('NFKC', text)} " for text in texts]
+    texts = [f" {normal(text)} " for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     letters = fold("".join(texts))
     space = letters == SPACE
@@ -174,6 +183,14 @@ def bucket_of(value, order):
     value = value + np.uint64(order)
     value = (value ^ (value >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     return (value >> np.uint64(64 - WORDS.bit_length() + 1)).astype(np.int64)
+
+
+def in_groups(texts):
+    """Return texts in lists, in order, of at most BATCH texts or about LETTERS letters."""
+    places = ((number // BATCH, letters // LETTERS) for number, letters in enumerate(
+        itertools.accumulate(map(len, texts))))
+    groups = itertools.groupby(zip(places, texts), key=lambda pair: pair[0])
+    return [[text for _, text in group] for _, group in groups]
 
 
 class LanguageIdentifier:
@@ -254,7 +271,7 @@ class LanguageIdentifier:
         candidates: the only languages that may be answered; all others get -inf.
         """
         chosen = self.choice(candidates)
-        batches = [texts[i:i + BATCH] for i in range(0, len(texts), BATCH)]
+        batches = in_groups(texts)
         found = [self.evidence(batch).masked_fill(~chosen, -torch.inf)
                  for batch in tqdm(batches, desc="languages", leave=False,
                                    disable=len(texts) < LONG)]
@@ -274,11 +291,11 @@ class LanguageIdentifier:
         language. In scripts without spaces a word is a character. This rule is ours.
         """
         self.choice([target, source])
-        words = [TOKEN.findall(unicodedata.normalize("NFKC", text)) for text in texts]
+        words = [TOKEN.findall(normal(text)) for text in texts]
         flat = [word for line in words for word in line]
         if target == source or not flat:
             return torch.zeros(len(texts))
-        found = torch.cat([self.evidence(flat[i:i + BATCH]) for i in range(0, len(flat), BATCH)])
+        found = torch.cat([self.evidence(group) for group in in_groups(flat)])
         gain = found[:, self.languages.index(source)] - found[:, self.languages.index(target)]
         small = torch.tensor([word == word.lower() for word in flat])
         hits = ((gain > MIXED) & small).float().split([len(line) for line in words])
@@ -422,7 +439,7 @@ def pick_device(device=None, dtype=None):
 
 def in_batches(texts, tokenizer, max_source, size=64):
     """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded."""
-    ids = [data.cut(tokenizer.encode(text), max_source) for text in texts]
+    ids = [data.encode(text, tokenizer, max_source) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), size):
         places = order[start:start + size]

@@ -350,6 +350,19 @@ def test_a_new_vocabulary_has_mt5s_special_ids_and_spells_any_script():
     assert tokenizer.encode("the\n\tcat") == tokenizer.encode("the cat")
 
 
+def test_a_new_vocabulary_learns_from_lines_of_any_length_and_odd_characters():
+    tokenizer = data.train_tokenizer(["the cat sat on the mat \0\u200b\x85" * 1000] * 2, 500)
+    assert len(tokenizer.encode("the cat sat")) < 6
+    assert len(data.train_tokenizer(["\u200b\0", "\u200d"], 500)) > 256  # the bytes at least
+
+
+def test_unlabelled_text_without_two_tokens_in_a_line_is_refused(pieces):
+    args = argparse.Namespace(seed=0, max_source=8)
+    draw = data.corruption(data.pages({"en": ["\u200b"]}, 0), Tokenizer(pieces), args)
+    with pytest.raises(ValueError, match="two tokens"):
+        draw(0, 1)
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "a.json"
     data.write_file(path, "old")
@@ -1139,6 +1152,28 @@ def test_tokens_keep_marks_and_split_scripts_without_spaces():
     assert scoring.tokens("ดีมาก") == ["ดี", "ม", "า", "ก"]
     assert scoring.tokens("می\u200cخواهم") == ["میخواهم"]
     assert scoring.tokens("") == scoring.tokens("—!?") == []
+
+
+def test_a_pile_of_marks_is_read_quickly_and_an_ordinary_one_whole(identifier):
+    pile = "\u0301\u0323" * 40_000  # NFKC alone takes six seconds to sort these
+    began = timeit.default_timer()
+    assert scoring.rouge_l(["a" + pile], ["a" + pile]) == 1
+    identifier.predict(["a" + pile])
+    identifier.mixed(["a" + pile], "de", "en")
+    assert timeit.default_timer() - began < 2
+    assert scoring.tokens("q" + "\u0301" * 20) == ["q" + "\u0301" * 20]
+
+
+def test_many_long_texts_are_identified_within_a_bounded_memory(identifier, monkeypatch):
+    texts = ["ein Satz auf Deutsch " * 5000] * 40
+    tracemalloc.start()
+    assert identifier.predict(texts) == ["de"] * 40
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250 * scoring.LETTERS
+    monkeypatch.setattr(scoring, "LETTERS", 7)
+    assert scoring.in_groups(["abc", "", "def", "x" * 20, "ab"]) == [
+        ["abc", "", "def"], ["x" * 20], ["ab"]]
 
 
 def test_empty_sides_score_0_and_unequal_lists_are_refused():
