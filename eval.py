@@ -302,6 +302,10 @@ class LanguageIdentifier:
         return torch.stack([line.sum() / max(1, len(line)) for line in hits])
 
 
+TABLE = {"format": str, "rows": data.NUMBER, "cells": data.NUMBER, "letters": [data.COUNT],
+         "columns": [str]}
+
+
 def read_table(path):
     """Return (columns, buckets (R,), cells a bucket (R,), column, count code (cells,), letters).
 
@@ -314,16 +318,20 @@ def read_table(path):
         raise FileNotFoundError(f"{path}: no language table; python eval.py --train-lid makes one")
     head, _, body = path.read_bytes().partition(b"\n")
     try:
-        head, body = json.loads(head), np.frombuffer(zlib.decompress(body), np.uint8)
+        head = data.parse(head, path, TABLE)
+        unzip = zlib.decompressobj()
+        body = np.frombuffer(unzip.decompress(body, WORDS // 4 + 20 * len(body)), np.uint8)
         bits, sizes, column, counts = np.split(body, np.cumsum(
             [WORDS // 4, head["rows"], head["cells"]]))
         buckets, sizes = np.flatnonzero(np.unpackbits(bits).view(bool)), sizes.astype(np.int64)
         letters = np.array(head["letters"], dtype=float)
-        if (head["format"] != FORMAT or len(buckets) != len(sizes) or len(counts) != len(column)
+        if (head["format"] != FORMAT or not unzip.eof or min(letters) <= 0
+                or head["columns"] != sorted(head["columns"]) or len(head["columns"]) > 256
+                or len(buckets) != len(sizes) or len(counts) != len(column)
                 or sizes.sum() != len(column) or column.max() >= len(head["columns"])
                 or counts.max() > 31 or len(letters) != len(head["columns"])):
             raise ValueError
-    except (ValueError, KeyError, TypeError, zlib.error):
+    except (ValueError, zlib.error):
         raise ValueError(f"{path}: expected a language table, found other or damaged bytes; "
                          "python eval.py --train-lid makes one") from None
     return head["columns"], buckets, sizes, column, counts, letters
@@ -572,7 +580,10 @@ def choose_checkpoint(folder, by=None):
     if not rows:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
     by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
-    row = rows[-1] if by == "last" else best_row(rows, by)
+    try:
+        row = rows[-1] if by == "last" else best_row(rows, by)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
     return row
@@ -695,11 +706,16 @@ def interval(values, digits=1):
     return f"{middle:.{digits}f} ± {t * (variance / len(values)) ** 0.5:.{digits}f}"
 
 
+KEPT = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
+RUN = {**{name: data.ARGUMENTS[name] for name in KEPT}, "checkpoints": [
+    {"step": data.COUNT, "xlrs": {str: float}, "xlrs_mismatched": {str: float}, "dev_loss": float,
+     "test": {str: dict.fromkeys(SCORES.values(), float)}}]}
+
+
 def summarise(folder):
     """Return what `compare` needs of a run: its arguments and its checkpoints' scores."""
     args, rows = read_run(folder)
-    names = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
-    known = {name: getattr(args, name) for name in names}
+    known = {name: getattr(args, name) for name in KEPT}
     seen = {word.partition("=")[0] for word in args.train}
     rows = [row for row in rows if row["step"] > 0]
     kept = ("step", "xlrs", "xlrs_mismatched", "dev_loss")
@@ -717,12 +733,14 @@ def read_runs(paths):
     """Return the summaries of run folders, or of the JSON files that `compare` wrote."""
     runs = []
     for path in map(Path, paths):
+        where = f"{path}: not a run folder, nor what --compare --out wrote"
+        found = [summarise(path)] if path.is_dir() else data.parse(path.read_bytes(), where, [RUN])
+        runs += data.check(found, where, [RUN])
         try:
-            runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
-            method(runs[-1])
-        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
-            raise ValueError(f"{path}: expected a run folder, or what --compare --out "
-                             "wrote") from None
+            for run, by in itertools.product(found, MEASURES):
+                best_row(run["checkpoints"], by)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return runs
 
 
@@ -791,14 +809,14 @@ def print_means(title, heads, entries):
     tasks = {task for task, *_ in groups}
     for (*rest, _), by_task in seeds.items():
         if len(by_task) == len(tasks) > 1:
-            average = {name: mean(numbers[name] for numbers in by_task.values())
+            average = {name: mean(numbers.get(name, math.nan) for numbers in by_task.values())
                        for name in next(iter(by_task.values()))}
             groups.setdefault(("mean", *rest), []).append(average)
     columns = list(dict.fromkeys(name for members in groups.values() for name in members[0]))
     digits = {name: 2 if "XLRS" in heads + [name] or "rho" in name else 1 for name in columns}
     print(f"\n{title}")
     table([[*head, len(members), *(
-        interval([numbers[name] for numbers in members], digits[name])
+        interval([numbers.get(name, math.nan) for numbers in members], digits[name])
         if name in members[0] else "" for name in columns)] for head, members in groups.items()],
           [*heads, "runs", *columns])
 

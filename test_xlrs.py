@@ -1401,8 +1401,13 @@ def test_a_table_that_is_missing_or_damaged_is_refused_in_one_line(three_words):
                 good.replace(b'"rows": ', b'"rows": 9999999999999999999'), b"[" * 10**5,
                 good.split(b"\n")[0] + b"\n" + zlib.compress(bytes(10**8))):
         (three_words / "bad.bin").write_bytes(bad)
+        assert bad != good
+        tracemalloc.start()
         with pytest.raises(ValueError, match="bad.bin: expected a language table"):
             scoring.LanguageIdentifier(three_words / "bad.bin")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 5e7, "no bytes should be unpacked beyond what a table can hold"
 
 
 # Command line
@@ -1651,6 +1656,83 @@ def test_runs_are_compared_with_intervals_and_the_tables_can_be_printed_again(sm
     last = rows(folder, "eval")[-1]["test"]
     expected = scoring.mean(last[lang]["rougeL"] for lang in ("de", "ru"))
     assert f"{expected:.1f} ± 0.0" in finished.stdout
+
+
+def write_run(folder, languages=("en", "de", "ru")):
+    """Write a run folder of two checkpoints, as far as select.py and --compare read it."""
+    scores = {"rougeL": 12.5, "wrong_language": 3.0, "source_language": 2.0, "mixed": 1.0,
+              "loops": 0.0, "n": 8}
+    measured = {"xlrs": {"de": 0.5}, "xlrs_mismatched": {"de": 0.1}, "dev_loss": 2.5,
+                "test": dict.fromkeys(languages, scores)}
+    lines = [{"kind": "train", "step": 1, "xlrs": None}, *(
+        {"kind": "eval", "step": step, **measured} for step in (0, 2, 4))]
+    folder.mkdir(exist_ok=True)
+    args = vars(train.parse_args(["--test", *languages]))
+    (folder / "args.json").write_text(json.dumps({"arguments": args}))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "selected.json").write_text('{"step": 4}')
+    return folder
+
+
+@pytest.mark.parametrize("name, old, new, words", [
+    ("args.json", "{", "[" * 5000, ["args.json", "expected JSON"]),
+    ("args.json", '{"arguments": ', '{"x": ', ["args.json", "arguments"]),
+    ("args.json", '{"arguments": ', '{"arguments": 5, "x": ', ["args.json", "arguments", "5"]),
+    ("args.json", '"train": ["en"]', '"train": [3]', ["args.json", "arguments.train.0", "3"]),
+    ("args.json", '"train": ["en"]', '"train": []', ["args.json", "arguments.train"]),
+    ("args.json", '"test": ["en"', '"test": ["e\\nn"', ["args.json", "arguments.test.0"]),
+    ("args.json", '"eval_size": 100', '"eval_size": "100"', ["args.json", "eval_size", "'100'"]),
+    ("log.jsonl", "kind", "k\udcff", ["log.jsonl:1", "expected JSON"]),
+    ("log.jsonl", '"step": 2', '"step": "2"', ["log.jsonl:3", "as step", "'2'"]),
+    ("log.jsonl", '"step": 2', '"step": -2', ["log.jsonl:3", "as step", "-2"]),
+    ("log.jsonl", '{"de": 0.5}', "0.5", ["log.jsonl:2", "an object as xlrs", "0.5"]),
+    ("log.jsonl", '{"de": 0.5}', '{"d\\ne": 0.5}', ["log.jsonl:2", "name in xlrs"]),
+    ("log.jsonl", '"rougeL": 12.5', '"rougeL": null', ["log.jsonl:2", "test.en.rougeL", "None"]),
+    ("log.jsonl", '"rougeL": 12.5', '"rougeL": 1' + "0" * 400, ["log.jsonl:2", "test.en.rougeL"]),
+    ("log.jsonl", '"xlrs": {"de": 0.5}', '"xlrs": {}', ["finite 'xlrs'"])])
+def test_a_damaged_run_is_refused_with_file_and_line_and_left_as_it_was(tmp_path, capsys, name, old,
+                                                                        new, words):
+    folder = write_run(tmp_path / "run")
+    content = (folder / name).read_text()
+    assert old in content
+    (folder / name).write_text(content.replace(old, new), errors="surrogateescape")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    spec = importlib.util.spec_from_file_location("selecting", HERE / "select.py")
+    selecting = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(selecting)
+    for main, arguments in ((selecting.main, [str(folder)]),
+                            (scoring.main, ["--compare", str(folder)])):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1, error
+        assert str(folder) in error and all(word in error for word in words), error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"5", b"{}", b"[" * 5000, b"\xff", b'[{"task": "title"}]', b'[{"lr": []}]'])
+def test_what_compare_did_not_write_is_refused_in_one_line(tmp_path, content, capsys):
+    path = tmp_path / "runs.json"
+    path.write_bytes(content)
+    code, error = run_main(capsys, "--compare", path, "--out", tmp_path / "out.json")
+    assert code == 2 and str(path) in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_damaged_choice_of_checkpoint_is_refused_in_one_line(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    for content in ('{"step": "4"}', '{"step": 4.5}', '{"step": null}', '{"step": []}', "[4]", "{"):
+        (folder / "selected.json").write_text(content)
+        code, error = run_main(capsys, folder, "--device", "cpu")
+        assert code == 2 and "selected.json" in error and error.count("\n") == 1, error
+
+
+def test_runs_that_were_tested_in_different_languages_can_be_compared(tmp_path, capsys):
+    write_run(tmp_path / "one", ("en", "de"))
+    write_run(tmp_path / "two", ("en", "fr"))
+    scoring.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")])
+    assert "de ROUGE-L" in capsys.readouterr().out
 
 
 def test_an_interval_is_students():
