@@ -1020,7 +1020,7 @@ def test_all_pieces_kept_leave_the_tokenizer_as_it_was(pieces):
 
 
 def test_other_bytes_are_no_tokenizer():
-    for content in (b"junk", b"\x0a\xff\xff"):
+    for content in (b"", b"junk", b"\x0a\xff\xff"):
         with pytest.raises(ValueError, match="SentencePiece"):
             Tokenizer(content)
     foreign = io.BytesIO()
@@ -1743,6 +1743,78 @@ def test_an_interval_is_students():
 def test_a_loop_is_three_tokens_that_come_again():
     assert scoring.loops("and the hat and the hat and the hat")
     assert not scoring.loops("and the hat and the bag") and not scoring.loops("")
+
+
+# Damaged files of every kind ----------------------------------------------------------------------
+
+INSERTED = [b"\0", b"\xff", b"\xed\xa0\x80", b"\n", b"\t", b",", b'"', b"{", b"]", b"[" * 2000,
+            b"null", b"NaN", b"-1", b"1e999", b"9" * 400, b"9" * 5000, b"\\ud800", b"\\n",
+            b"x" * 10**5, b"\xff\xff\xff\x7f", b"cos\nsystem\n(S'touch harm'\ntR"]
+
+
+def damaged(raw, rng):
+    """Return raw with bytes changed, cut off, taken out, put in or repeated in a few places."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        start = rng.randrange(len(raw) + 1)
+        end = min(len(raw), start + rng.choice([1, 4, 100, len(raw)]))
+        raw[start:end] = rng.choice([
+            b"", raw[start:end] * 2, rng.choice(INSERTED) + raw[start:end],
+            rng.randbytes(1) + raw[start + 1:end]])
+    return bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory, pieces):
+    """A folder with a small valid file of each kind; {name: the function that reads it}."""
+    folder = write_run(tmp_path_factory.mktemp("seeds"))
+    config = MT5Config(vocab_size=500, d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                       num_decoder_layers=1, num_heads=2)
+    model = MT5(config)
+    save(folder / "x.pt", model, Tokenizer(pieces))
+    names = mt5.published_names(config)
+    hub = {theirs: model.state_dict()[ours] for ours, theirs in names.items()}
+    torch.save(hub, folder / "new.bin")
+    torch.save(hub, folder / "old.bin", _use_new_zipfile_serialization=False)
+    with open(folder / "x.safetensors", "wb") as file:
+        mt5.write_safetensors(hub, file)
+    (folder / "config.json").write_text(json.dumps(asdict(config)))
+    (folder / "spiece.model").write_bytes(pieces)
+    (folder / "runs.json").write_text(json.dumps([scoring.summarise(folder)]))
+    (folder / "newstest2019-ref.deu.txt").write_text("ab ab\n")
+    (folder / "a.jsonl").write_text('{"source": "a\\u0301", "target": "b"}\n' * 3)
+    (folder / "a.tsv").write_text('source\ttarget\n"a, ""a"""\tb\n' * 2)
+    (folder / "a.csv").write_text('source,target\n"a\n""a""",b\n' * 2)
+    scoring.train_lid(folder, folder / "table.bin")
+    return folder, {
+        **dict.fromkeys(["a.jsonl", "a.tsv", "a.csv"], data.read_pairs),
+        "newstest2019-ref.deu.txt": data.read_lines,
+        "runs.json": lambda path: scoring.compare([path]),
+        "args.json": lambda path: data.read_json(path, "arguments"),
+        "selected.json": lambda path: data.read_json(path, "step"),
+        "log.jsonl": lambda path: data.read_log(path.parent),
+        "config.json": lambda path: mt5.infer_config(mt5.read_json(path), hub, path.parent),
+        "spiece.model": lambda path: mt5.read_tokenizer(path, config).encode("ab ก ﬁ\0"),
+        "x.pt": load, "new.bin": mt5.read_pickle, "old.bin": mt5.read_pickle,
+        "x.safetensors": mt5.read_safetensors, "table.bin": scoring.read_table}
+
+
+@pytest.mark.parametrize("name", [
+    "a.jsonl", "a.tsv", "a.csv", "newstest2019-ref.deu.txt", "args.json", "log.jsonl",
+    "selected.json", "runs.json", "config.json", "spiece.model", "x.pt", "new.bin", "old.bin",
+    "x.safetensors", "table.bin"])
+def test_damaged_bytes_are_read_or_refused_in_one_line_with_the_files_name(tmp_path, seeds, name):
+    folder, readers = seeds
+    good, rng, path = (folder / name).read_bytes(), random.Random(name), tmp_path / name
+    path.write_bytes(good)
+    readers[name](path)
+    for _ in range(200):
+        path.write_bytes(damaged(good, rng))
+        try:
+            readers[name](path)
+        except (ValueError, OSError) as error:
+            assert len(str(error).splitlines()) == 1 and str(tmp_path) in str(error), str(error)
+    assert [file.name for file in tmp_path.iterdir()] == [name] and not Path("harm").exists()
 
 
 # Figures: python test_xlrs.py --bench -------------------------------------------------------------
