@@ -948,7 +948,8 @@ def export(checkpoint, folder):
     """Write the checkpoint as a hub folder that transformers loads; print what was written."""
     content = read_checkpoint(checkpoint)
     config = MT5Config(**content["config"])
-    weights = {theirs: content["model"][ours] for ours, theirs in published_names(config).items()}
+    weights = {theirs: content["model"][ours].float()
+               for ours, theirs in published_names(config).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", json.dumps({

@@ -959,6 +959,14 @@ def test_an_exported_folder_gives_the_same_logits_and_ids_in_transformers(tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 
 
+def test_a_model_saved_in_half_precision_is_exported_in_single(tmp_path, pieces):
+    model = MT5(MT5Config(vocab_size=500, **TINY)).bfloat16()
+    save(tmp_path / "x.pt", model, Tokenizer(pieces))
+    export(tmp_path / "x.pt", tmp_path / "hub")
+    found = mt5.read_safetensors(tmp_path / "hub" / "model.safetensors")
+    assert torch.equal(found["shared.weight"], model.embedding.weight.float())
+
+
 def test_trimming_keeps_segmentation_states_and_scores(tmp_path, pieces, capsys):
     config = MT5Config(vocab_size=500, **TINY)
     folder = hub_folder(tmp_path / "hub", pieces, config)
