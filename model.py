@@ -704,19 +704,37 @@ def read_pickle(path):
 
     weights_only=True: tensors and plain types; whatever asks for code raises ValueError.
     """
-    with open(path, "rb") as file:  # raises OSError where there is nothing to read
-        size = file.seek(0, 2)
     try:
         zipped = zipfile.is_zipfile(path)
-        if zipped and sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > size:
-            raise ValueError("compressed, which torch.save never does")
+        with open(path, "rb") as file:
+            refuse_bomb(file, zipped)
         with warnings.catch_warnings(action="ignore"):  # of the pickle's age
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except PermissionError:
+        raise
     except Exception as error:  # a broken file can fail in any way, and each is the file's fault
         code = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"one that asks for {code[1]}, which was not run" if code else "a broken one"
+        found = f"one that asks for {code[1][:80]}, which was not run" if code else "a broken one"
         raise ValueError(f"{path}: expected a whole file of tensors written by torch.save, found "
                          f"{found}; fetch or convert it again") from None
+
+
+def refuse_bomb(file, zipped):
+    """Raise ValueError where torch.load could fill more memory than the open file has bytes.
+
+    torch.save neither compresses nor, for tensors, asks for a bytearray; torch.load, even with
+    weights_only=True, unpacks whatever is compressed and makes a bytearray of any length.
+    """
+    bomb = b"\nbytearray\n"  # the end of a pickle's GLOBAL
+    if not zipped:
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(bomb) >= 0
+    else:
+        archive = zipfile.ZipFile(file)
+        found = (sum(part.file_size for part in archive.infolist()) > file.seek(0, 2)
+                 or any(bomb in archive.read(part) for part in archive.infolist()
+                        if part.filename.lower().endswith(".pkl")))
+    if found:
+        raise ValueError("expected tensors, found what takes more memory than the file")
 
 
 # Conversion from and to the hub's folders: config.json, weights, spiece.model.

@@ -1154,6 +1154,24 @@ def test_a_checkpoint_that_unpacks_to_more_than_the_file_is_refused(saved):
     one_line(error, str(path), "torch.save")
 
 
+@pytest.mark.parametrize("wrap", [False, True])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_gets_it(tmp_path, wrap):
+    path, length = tmp_path / "x.pt", 3 * 10**8
+    pickled = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + length.to_bytes(5, "little") + b"\x85R."
+    path.write_bytes(pickled)
+    if wrap:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("x/data.pkl", pickled)
+            archive.writestr("x/version", "3\n")
+    tracemalloc.start()
+    with pytest.raises(ValueError) as error:
+        mt5.read_pickle(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    one_line(error, str(path))
+    assert peak < 10**7
+
+
 def test_whatever_torch_says_of_a_broken_file_the_file_is_named(saved, monkeypatch):
     def fails(*_, **__):
         raise OSError(22, "Invalid argument")  # what seeking to a nonsensical place gives
