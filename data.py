@@ -10,9 +10,11 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import random
 import re
+import reprlib
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +25,8 @@ import torch
 
 PAD, EOS, UNK = 0, 1, 2  # mT5's ids; the decoder also starts with PAD
 IGNORE = -100  # label of padding: no loss there
+HALF = re.compile("[\ud800-\udfff]")  # half of a surrogate pair: JSON can spell it, UTF-8 not
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line breaks among them
 
 
 class Tokenizer:
@@ -33,10 +37,15 @@ class Tokenizer:
 
     def __init__(self, model):
         self.model = bytes(model)
+        self.pieces = sentencepiece.SentencePieceProcessor()
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
+            self.pieces.load_from_serialized_proto(self.model)
         except RuntimeError:
             raise ValueError("expected a SentencePiece model, found other bytes") from None
+        found = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
+        if found != (PAD, EOS, UNK):
+            raise ValueError("expected a SentencePiece model whose padding, end and unknown have "
+                             f"mT5's ids {PAD}, {EOS}, {UNK}, found {found}: of another model")
 
     def __len__(self):
         return self.pieces.get_piece_size()
@@ -136,9 +145,10 @@ def train_tokenizer(lines, vocab_size):
     repetitive as the toy world. Deterministic.
     """
     model = io.BytesIO()
-    try:
+    parts = (line[i:i + 1000] for line in lines for i in range(0, len(line), 1000))
+    try:  # in parts, since SentencePiece leaves out what is longer than 4,192 bytes
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
+            sentence_iterator=iter(parts), model_writer=model, vocab_size=vocab_size,
             model_type="bpe", byte_fallback=True, character_coverage=0.9995, split_digits=True,
             pad_id=PAD, eos_id=EOS, unk_id=UNK, bos_id=-1, hard_vocab_limit=False,
             user_defined_symbols=[f"<extra_id_{i}>" for i in range(100)], minloglevel=2)
@@ -150,22 +160,108 @@ def train_tokenizer(lines, vocab_size):
 
 # Readers of users' files. Every mistake is a ValueError that names file and line.
 
-def read_lines(path):
-    """Return the lines of a UTF-8 text file, split at line feeds alone, without `\r`."""
+SHORT = reprlib.Repr()
+SHORT.maxstring = 80  # characters
+
+
+def brief(value):
+    """Return value as a message can show it: on one line, shortened, however deep or long it is."""
+    return " ".join(SHORT.repr(value).split())
+
+
+def parse(text, where, form=dict):
+    """Return the JSON value in text, str or bytes; raises ValueError, as `check` does.
+
+    where: the file, or "file:line", that the message names.
+    """
     try:
-        raw = Path(path).read_bytes()
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: expected JSON, {describe(form)}, found {text[:40]!r}; mend or "
+                         "replace it") from None
+    return check(value, where, form)
+
+
+def check(value, where, form):
+    """Return value; raises ValueError, one line that names where, if it is not of that form.
+
+    form: a type (float: any number); a range of whole numbers; [form] a list of at least one such
+    item; [] the empty list; {str: form} a dict with such values; {"name": form, "other?": form} a
+    dict with these entries, those with a question mark if they are there, and any others; None;
+    (form, form) either. A text has no control characters: it is a name, a path or the like.
+    """
+    if fault := misfit(value, form, ""):
+        raise ValueError(f"{where}: expected {fault}; mend or replace it")
+    return value
+
+
+def misfit(value, form, name):
+    """Return what about value, called name, is not of a form; see `check`. '' if nothing is."""
+    if isinstance(form, tuple):
+        faults = [misfit(value, one, name) for one in form]
+        return faults[0] if all(faults) else ""
+    kind = form if isinstance(form, type) else int if isinstance(form, range) else type(form)
+    if (not isinstance(value, (float, int) if kind is float else kind) or isinstance(value, bool)
+            or kind is str and CONTROL.search(value)
+            or kind in (int, float) and 2**63 <= abs(value) < math.inf
+            or isinstance(form, range) and value not in form
+            or isinstance(form, list) and bool(form) != bool(value)):
+        return f"{describe(form)}{name and f' as {name}'}, found {brief(value)}"
+    inside = name and name + "."
+    parts = []
+    if isinstance(form, list):
+        parts = [(item, form[0], f"{inside}{place}") for place, item in enumerate(value)]
+    for key, inner in form.items() if isinstance(form, dict) else ():
+        if key is str:
+            parts += [(key, str, f"a name in {name}") for key in value]
+            parts += [(item, inner, f"{inside}{key}"[:200]) for key, item in value.items()]
+        elif key.removesuffix("?") in value:
+            parts.append((value[key.removesuffix("?")], inner, inside + key.removesuffix("?")))
+        elif not key.endswith("?"):
+            return f"{describe(inner)} as {inside}{key}, found none"
+    return next(filter(None, (misfit(*part) for part in parts)), "")
+
+
+def describe(form):
+    if isinstance(form, tuple):
+        return " or ".join(map(describe, form))
+    if isinstance(form, range):
+        return f"a whole number from {form.start}"
+    kind = form if isinstance(form, type) or form is None else type(form)
+    return {dict: "an object", list: "a list" if form else "an empty list", float: "a number",
+            str: "text on one line", torch.Tensor: "a tensor", None: "null"}[kind]
+
+
+def whole(text, where):
+    """Return text; raises ValueError if half of a surrogate pair is in it."""
+    if HALF.search(text):
+        raise ValueError(f"{where}: expected text, found half of a surrogate pair; mend or remove "
+                         "this line")
+    return text
+
+
+def each_line(path):
+    """Yield the lines of a UTF-8 text file, split at line feeds alone, without `\r`."""
+    try:
+        file = open(path, "rb")
     except OSError as error:
         raise FileNotFoundError(f"{path}: {error.strerror}; expected a UTF-8 text file") from None
-    lines = raw.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    lines = lines[:-1] if lines[-1] == b"" else lines
+    with file:
+        for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            try:
+                line = raw.removesuffix(b"\n").removesuffix(b"\r").decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: expected UTF-8, found byte "
+                                 f"0x{raw[error.start]:02x}; convert the file to UTF-8") from None
+            yield line
+
+
+def read_lines(path):
+    """Return the lines of a UTF-8 text file, a list of at least one."""
+    lines = list(each_line(path))
     if not lines:
         raise ValueError(f"{path}: expected text, found an empty file")
-    for number, line in enumerate(lines, start=1):
-        try:
-            lines[number - 1] = line.removesuffix(b"\r").decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: expected UTF-8, found byte "
-                             f"0x{line[error.start]:02x}; convert the file to UTF-8") from None
     return lines
 
 
@@ -190,11 +286,9 @@ def read_pairs(path, fields=("source", "target")):
     for line, *pair in rows:
         for field, text in zip(fields, pair):
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{path}:{line}: expected text in {field!r}, found {text!r}; "
+                raise ValueError(f"{path}:{line}: expected text in {field!r}, found {brief(text)}; "
                                  "mend or remove this line")
-            if any("\ud800" <= letter <= "\udfff" for letter in text):
-                raise ValueError(f"{path}:{line}: expected text in {field!r}, found half of "
-                                 "a surrogate pair; mend or remove this line")
+            whole(text, f"{path}:{line}")
         pairs.append(tuple(pair))
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found only a header")
@@ -204,15 +298,11 @@ def read_pairs(path, fields=("source", "target")):
 def jsonl_rows(path, fields):
     """Yield (line number, source, target) of a file with a JSON object a line."""
     for number, line in enumerate(read_lines(path), start=1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}:{number}: expected a JSON object on each line, "
-                             f"found {line[:40]!r}") from None
-        if not isinstance(row, dict) or not set(fields) <= set(row):
-            found = sorted(row) if isinstance(row, dict) else type(row).__name__
+        row = parse(line, f"{path}:{number}")
+        if not set(fields) <= set(row):
             raise ValueError(f"{path}:{number}: expected an object with the fields "
-                             f"{' and '.join(fields)}, found {found}; name them with --fields")
+                             f"{' and '.join(fields)}, found {brief(sorted(row))}; name them with "
+                             "--fields")
         yield number, row[fields[0]], row[fields[1]]
 
 
@@ -220,16 +310,23 @@ def table_rows(path, fields):
     """Yield (line number, source, target) of a table with a header; quoted line breaks are kept."""
     text = "\n".join(read_lines(path)) + "\n"
     separator = "\t" if path.endswith(".tsv") else ","
+    csv.field_size_limit(len(text))  # a text may be as long as the file
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         if not set(fields) <= set(reader.fieldnames or ()):
             raise ValueError(f"{path}:1: expected a header with columns {' and '.join(fields)}, "
-                             f"found {reader.fieldnames}; name them with --fields")
+                             f"found {brief(reader.fieldnames)}; name them with --fields")
         for row in reader:
+            if any(row.get(None, ())):  # what is beyond the header's last column
+                raise ValueError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} "
+                                 f"columns, found {len(reader.fieldnames) + len(row[None])}; put "
+                                 "a text that has the separator in it between quotes")
             yield reader.line_num, row[fields[0]], row[fields[1]]
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: expected a table, found a row that the "
-                         f"reader refuses ({error})") from None
+        line = reader.reader.line_num  # reader.line_num is that of the row before
+        raise ValueError(f"{path}:{line}: expected a table, found a row that the reader refuses "
+                         f"({error}); put a text with a quote in it between quotes and double the "
+                         "quote") from None
 
 
 def read_parallel(paths):
@@ -255,6 +352,20 @@ def cut(ids, longest):
     return ids if len(ids) <= longest else ids[:longest - 1] + [EOS]
 
 
+def encode(text, tokenizer, longest):
+    """Return the ids of text cut to longest, without tokenizing a long text to its end.
+
+    Enough of its start is tokenized for twice as many ids: where that start ends changes the last
+    pieces before it, not those that are kept.
+    """
+    letters = 16 * longest
+    ids = tokenizer.encode(text[:letters])
+    while letters < len(text) and len(ids) < 2 * longest:
+        letters *= 2
+        ids = tokenizer.encode(text[:letters])
+    return cut(ids, longest)
+
+
 def pad(sequences, value=PAD):
     """Return (N, longest) int64: sequences filled up with value."""
     width = max(map(len, sequences))
@@ -274,8 +385,8 @@ def collate(examples):
 def encode_pair(pair, tokenizer, args):
     """Return (source ids, target ids) of a pair of texts, cut to the lengths of args."""
     source, target = pair
-    return (cut(tokenizer.encode(source), args.max_source),
-            cut(tokenizer.encode(target), args.max_target))
+    return (encode(source, tokenizer, args.max_source),
+            encode(target, tokenizer, args.max_target))
 
 
 def batches(draw, batch_size, seed, start=0):
@@ -325,11 +436,18 @@ def corruption(pages, tokenizer, args, density=0.25, whole_sentences=0.4):
     """
     sentinels = tokenizer.sentinels()
 
+    def drawn(rng):
+        for _ in range(1000):
+            sentences = [encode(sentence, tokenizer, args.max_source + 1)[:-1]
+                         for sentence in pages(rng)]
+            if sum(map(len, sentences)) > 1:
+                return sentences
+        raise ValueError("span corruption: expected lines of two tokens and more, found none among "
+                         "1,000 lines of the unlabelled text; name another file")
+
     def example(rng):
-        sentences = [tokenizer.encode(sentence)[:-1] for sentence in pages(rng)]
+        sentences = drawn(rng)
         ids = list(itertools.chain(*sentences))
-        if len(ids) < 2:
-            return example(rng)
         if 2 < len(sentences) and len(ids) < args.max_source and rng.random() < whole_sentences:
             ends = np.cumsum([len(sentence) for sentence in sentences])
             masked = sorted(rng.choice(len(sentences), rng.choice([1, 1, 2]), replace=False))
@@ -508,17 +626,25 @@ def document(story, language):
 
 # The texts of a run, and its log.
 
+COUNT, NUMBER = range(1, 2**31), range(2**31)
+ARGUMENTS = {  # of a run, as far as others than train.py read them
+    "task": str, "train": [str], "test": ([str], None), "parallel": ([str], None), "fields": str,
+    "mix": ([str], []), "freeze": ([str], []), "init": str, "reg": float, "reg_floor": float,
+    "lr": float, "steps": COUNT, "seed": range(2**63), "batch_size": COUNT, "num_beams": COUNT,
+    "max_source": COUNT, "max_target": COUNT, "eval_size": COUNT, "test_size": (COUNT, None)}
+ENTRIES = {"arguments": ARGUMENTS, "step": NUMBER}  # of args.json and selected.json
+MEASURED = {  # an evaluation row of a run's log
+    "xlrs?": {str: float}, "xlrs_mismatched?": {str: float}, "dev_loss?": float,
+    "test?": {str: {"rougeL": float, "wrong_language": float}}}
+
+
 def read_json(path, *keys):
-    """Return the JSON object in a file; raises ValueError where it is none or lacks a key."""
+    """Return the JSON object in a file of a run; raises ValueError if one of ENTRIES is not so."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: expected a run folder, written by train.py") from None
-    except ValueError:
-        raise ValueError(f"{path}: expected JSON, found a damaged file") from None
-    if not isinstance(content, dict) or not set(keys) <= set(content):
-        raise ValueError(f"{path}: expected an object with {' and '.join(keys)}")
-    return content
+    return parse(text, path, {key: ENTRIES[key] for key in keys})
 
 
 def read_log(folder):
@@ -526,18 +652,12 @@ def read_log(folder):
     path = Path(folder) / "log.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a run folder's log, found none")
-    lines = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not {"kind", "step"} <= set(row):
-            raise ValueError(f"{path}:{number}: expected a row of a run's log, found "
-                             f"{line[:40]!r}")
-        rows.append(row)
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        row = parse(line, f"{path}:{number}", {"kind": str, "step": NUMBER})
+        rows.append(check(row, f"{path}:{number}", MEASURED if row["kind"] == "eval" else dict))
     return rows
+
 
 def load_texts(args):
     """Return the texts that a run's arguments name, from the toy world or from files.
@@ -546,9 +666,7 @@ def load_texts(args):
     train in pre-training: {language: lines, or None for the toy world}; parallel: {language:
     sentences}, aligned, the source first, to regularise on; held_out: likewise, to measure on.
     """
-    fields = args.fields.split(",")
-    if len(fields) != 2 or not all(fields):
-        raise ValueError(f"--fields: expected SOURCE,TARGET, found {args.fields!r}")
+    columns(args)
     texts = SimpleNamespace(source=languages(args)[0], mix={}, dev={}, test={}, parallel={},
                             held_out={})
     if args.pretrain:
@@ -566,6 +684,14 @@ def load_texts(args):
     elif args.reg:
         raise ValueError("--reg: expected parallel text; name it with --parallel LANG=FILE …")
     return texts
+
+
+def columns(args):
+    """Return the names of the source's and the target's column."""
+    fields = args.fields.split(",")
+    if len(fields) != 2 or not all(fields):
+        raise ValueError(f"--fields: expected SOURCE,TARGET, found {args.fields!r}")
+    return fields
 
 
 def named(word):
@@ -592,7 +718,7 @@ def languages(args):
     return list(dict.fromkeys(word.partition("=")[0] for word in words))
 
 
-def task_pairs(words, args, split, count, seed=0):
+def task_pairs(words, args, split, count, seed=1):
     """Return {language: [(source, target), …]}, the first count of a file or of the toy world.
 
     count None: a file whole; of the toy world 4,000 stories to train on, else 200.
@@ -600,7 +726,7 @@ def task_pairs(words, args, split, count, seed=0):
     pairs, told = {}, 4000 if split == "train" else 200
     for language, path in by_language(words).items():
         if path:
-            pairs[language] = read_pairs(path, args.fields.split(","))[:count]
+            pairs[language] = read_pairs(path, columns(args))[:count]
         else:
             pairs[language] = [toy_pair(story, language, args.task)
                                for story in stories(split, count or told, seed)]
@@ -647,7 +773,7 @@ def parallel_batches(parallel, tokenizer, args, start=0):
     lines = len(next(iter(parallel.values())))
     for step in itertools.count(start):
         chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
-        ids = [cut(tokenizer.encode(side[i]), args.max_source)
+        ids = [encode(side[i], tokenizer, args.max_source)
                for side in parallel.values() for i in chosen]
         input_ids = pad(ids).unflatten(0, (len(parallel), -1))
         yield input_ids, input_ids != PAD

@@ -5,6 +5,7 @@ Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages,
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import re
@@ -22,6 +23,7 @@ import data
 from model import load
 from xlrs import choose, pool, spearman, xlrs
 
+FLOOR = 0.3  # the default of --reg-floor, a cosine
 LONG = 10_000  # texts from which a progress bar is shown
 LID = Path(__file__).parent / "toy" / "lid.bin"
 
@@ -35,6 +37,8 @@ NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\
              "\U00020000-\U0003ffff")
 # One character with its marks, or a run of word characters; the lookahead drops punctuation.
 TOKEN = re.compile(rf"(?=[^\W_])[{NO_SPACES}][{MARKS}]*|(?:[^\W_{NO_SPACES}]|[{MARKS}])+")
+# More than 30 marks on a letter: no language writes them, and NFKC takes quadratic time over them.
+PILED = re.compile(rf"([{MARKS}]{{30}})[{MARKS}]+")
 JOINERS = dict.fromkeys([0xAD, 0x200C, 0x200D])  # invisible: they shape or hyphenate a word
 ASCII = bytes(ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else 32 for i in range(256))
 
@@ -43,7 +47,12 @@ def tokens(text):
     """Return the tokens of text that ROUGE-L compares, a list of str; see TOKENS."""
     if text.isascii():  # the same result, several times faster
         return text.encode().translate(ASCII).decode().split()
-    return TOKEN.findall(unicodedata.normalize("NFKC", text).translate(JOINERS).lower())
+    return TOKEN.findall(normal(text).translate(JOINERS).lower())
+
+
+def normal(text):
+    """Return text in the normal form NFKC, with at most 30 marks in a row (Unicode UAX #15, 13)."""
+    return unicodedata.normalize("NFKC", PILED.sub(r"\1", text))
 
 
 def rouge_l(predictions, references):
@@ -111,7 +120,8 @@ ALPHA = .02  # added to every count: what an n-gram that a language never showed
 # was tuned for accuracy, their size so that the probabilities of two words are about true.
 WEIGHTS = (1 / 16, 1 / 4)
 MIXED = 1.5  # nats for the source from which a word counts: clean text shows under 1 %
-BATCH = 1024  # texts at once
+BATCH = 1024  # texts at once,
+LETTERS = 2**20  # and how many letters at most if a text has no more: 150 bytes each
 DENSE = 4  # n-grams known in more columns than this are looked up as a full row: faster
 FORMAT = "xlrs language table 2"
 FOLD = np.full(0x110000, -1, dtype=np.int32)  # code point -> its letter in lower case; -1: unknown
@@ -131,7 +141,7 @@ def spaced(texts):
 
     Each text begins and ends with a space, and one space stands between its words.
     """
-    texts = [f" {unicodedata.normalize('NFKC', text)} " for text in texts]
+    texts = [f" {normal(text)} " for text in texts]
     owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
     letters = fold("".join(texts))
     space = letters == SPACE
@@ -174,6 +184,14 @@ def bucket_of(value, order):
     value = value + np.uint64(order)
     value = (value ^ (value >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
     return (value >> np.uint64(64 - WORDS.bit_length() + 1)).astype(np.int64)
+
+
+def in_groups(texts):
+    """Return texts in lists, in order, of at most BATCH texts or about LETTERS letters."""
+    places = ((number // BATCH, letters // LETTERS) for number, letters in enumerate(
+        itertools.accumulate(map(len, texts))))
+    groups = itertools.groupby(zip(places, texts), key=lambda pair: pair[0])
+    return [[text for _, text in group] for _, group in groups]
 
 
 class LanguageIdentifier:
@@ -254,7 +272,7 @@ class LanguageIdentifier:
         candidates: the only languages that may be answered; all others get -inf.
         """
         chosen = self.choice(candidates)
-        batches = [texts[i:i + BATCH] for i in range(0, len(texts), BATCH)]
+        batches = in_groups(texts)
         found = [self.evidence(batch).masked_fill(~chosen, -torch.inf)
                  for batch in tqdm(batches, desc="languages", leave=False,
                                    disable=len(texts) < LONG)]
@@ -274,15 +292,19 @@ class LanguageIdentifier:
         language. In scripts without spaces a word is a character. This rule is ours.
         """
         self.choice([target, source])
-        words = [TOKEN.findall(unicodedata.normalize("NFKC", text)) for text in texts]
+        words = [TOKEN.findall(normal(text)) for text in texts]
         flat = [word for line in words for word in line]
         if target == source or not flat:
             return torch.zeros(len(texts))
-        found = torch.cat([self.evidence(flat[i:i + BATCH]) for i in range(0, len(flat), BATCH)])
+        found = torch.cat([self.evidence(group) for group in in_groups(flat)])
         gain = found[:, self.languages.index(source)] - found[:, self.languages.index(target)]
         small = torch.tensor([word == word.lower() for word in flat])
         hits = ((gain > MIXED) & small).float().split([len(line) for line in words])
         return torch.stack([line.sum() / max(1, len(line)) for line in hits])
+
+
+TABLE = {"format": str, "rows": data.NUMBER, "cells": data.NUMBER, "letters": [data.COUNT],
+         "columns": [str]}
 
 
 def read_table(path):
@@ -297,16 +319,20 @@ def read_table(path):
         raise FileNotFoundError(f"{path}: no language table; python eval.py --train-lid makes one")
     head, _, body = path.read_bytes().partition(b"\n")
     try:
-        head, body = json.loads(head), np.frombuffer(zlib.decompress(body), np.uint8)
+        head = data.parse(head, path, TABLE)
+        unzip = zlib.decompressobj()
+        body = np.frombuffer(unzip.decompress(body, WORDS // 4 + 20 * len(body)), np.uint8)
         bits, sizes, column, counts = np.split(body, np.cumsum(
             [WORDS // 4, head["rows"], head["cells"]]))
         buckets, sizes = np.flatnonzero(np.unpackbits(bits).view(bool)), sizes.astype(np.int64)
         letters = np.array(head["letters"], dtype=float)
-        if (head["format"] != FORMAT or len(buckets) != len(sizes) or len(counts) != len(column)
+        if (head["format"] != FORMAT or not unzip.eof or min(letters) <= 0
+                or head["columns"] != sorted(head["columns"]) or len(head["columns"]) > 256
+                or len(buckets) != len(sizes) or len(counts) != len(column)
                 or sizes.sum() != len(column) or column.max() >= len(head["columns"])
                 or counts.max() > 31 or len(letters) != len(head["columns"])):
             raise ValueError
-    except (ValueError, KeyError, TypeError, zlib.error):
+    except (ValueError, zlib.error):
         raise ValueError(f"{path}: expected a language table, found other or damaged bytes; "
                          "python eval.py --train-lid makes one") from None
     return head["columns"], buckets, sizes, column, counts, letters
@@ -425,7 +451,7 @@ def pick_device(device=None, dtype=None):
 
 def in_batches(texts, tokenizer, max_source, size=64):
     """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded."""
-    ids = [data.cut(tokenizer.encode(text), max_source) for text in texts]
+    ids = [data.encode(text, tokenizer, max_source) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for start in range(0, len(order), size):
         places = order[start:start + size]
@@ -559,7 +585,10 @@ def choose_checkpoint(folder, by=None):
     if not rows:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
     by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
-    row = rows[-1] if by == "last" else best_row(rows, by, args.reg_floor)
+    try:
+        row = rows[-1] if by == "last" else best_row(rows, by, args.reg_floor)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
     return row
@@ -682,11 +711,16 @@ def interval(values, digits=1):
     return f"{middle:.{digits}f} ± {t * (variance / len(values)) ** 0.5:.{digits}f}"
 
 
+KEPT = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
+RUN = {**{name: data.ARGUMENTS[name] for name in KEPT}, "checkpoints": [
+    {"step": data.COUNT, "xlrs": {str: float}, "xlrs_mismatched": {str: float}, "dev_loss": float,
+     "test": {str: dict.fromkeys(SCORES.values(), float)}}]}
+
+
 def summarise(folder):
     """Return what `compare` needs of a run: its arguments and its checkpoints' scores."""
     args, rows = read_run(folder)
-    names = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
-    known = {name: getattr(args, name) for name in names}
+    known = {name: getattr(args, name) for name in KEPT}
     seen = {word.partition("=")[0] for word in args.train}
     rows = [row for row in rows if row["step"] > 0]
     kept = ("step", "xlrs", "xlrs_mismatched", "dev_loss")
@@ -704,19 +738,22 @@ def read_runs(paths):
     """Return the summaries of run folders, or of the JSON files that `compare` wrote."""
     runs = []
     for path in map(Path, paths):
+        where = f"{path}: not a run folder, nor what --compare --out wrote"
+        found = [summarise(path)] if path.is_dir() else data.parse(path.read_bytes(), where, [RUN])
+        runs += data.check(found, where, [RUN])
         try:
-            runs += [summarise(path)] if path.is_dir() else json.loads(path.read_text())
-            method(runs[-1])
-        except (json.JSONDecodeError, TypeError, KeyError, IndexError):
-            raise ValueError(f"{path}: expected a run folder, or what --compare --out "
-                             "wrote") from None
+            for run, by in itertools.product(found, MEASURES):
+                best_row(run["checkpoints"], by)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     return runs
 
 
 def method(run):
     """Return the name of a run's method, as it was asked for."""
     words = [f"--reg {run['reg']:g}"] if run["reg"] else []
-    words += [f"--reg-floor {run['reg_floor']:g}"] if run["reg"] and run["reg_floor"] else []
+    words += [f"--reg-floor {run['reg_floor']:g}"] if run["reg"] and run["reg_floor"] != FLOOR \
+        else []
     words += ["--train " + " ".join(run["train"])] if len(run["train"]) > 1 else []
     words += [f"--{name} " + " ".join(run[name]) for name in ("freeze", "mix") if run[name]]
     return " ".join(words) or "--reg 0"
@@ -779,7 +816,7 @@ def print_means(title, heads, entries):
     tasks = {task for task, *_ in groups}
     for (*rest, _), by_task in seeds.items():
         if len(by_task) == len(tasks) > 1:
-            average = {name: mean(numbers[name] for numbers in by_task.values())
+            average = {name: mean(numbers.get(name, math.nan) for numbers in by_task.values())
                        for name in next(iter(by_task.values()))}
             groups.setdefault(("mean", *rest), []).append(average)
     columns = list(dict.fromkeys(name for members in groups.values() for name in members[0]))
@@ -787,7 +824,7 @@ def print_means(title, heads, entries):
               for name in columns}
     print(f"\n{title}")
     table([[*head, len(members), *(
-        interval([numbers[name] for numbers in members], digits[name])
+        interval([numbers.get(name, math.nan) for numbers in members], digits[name])
         if name in members[0] else "" for name in columns)] for head, members in groups.items()],
           [*heads, "runs", *columns])
 

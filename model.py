@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import EOS, IGNORE, PAD, Tokenizer, write_file
+from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, each_line, parse, whole, write_file)
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
 
@@ -49,12 +49,12 @@ class MT5Config:
     layer_norm_epsilon: float = 1e-6
 
     def __post_init__(self):
-        for name, value in asdict(self).items():
+        for name, value in vars(self).items():  # below 10^6, no size of a matrix overflows
             kind = float if name in ("dropout_rate", "layer_norm_epsilon") else int
             least = 0 if name == "dropout_rate" else 1e-30
-            if type(value) not in (kind, int) or not least <= value < 1e12:
-                raise ValueError(f"config: expected a positive {kind.__name__} as {name}, "
-                                 f"found {value!r}")
+            if type(value) not in (kind, int) or not least <= value < 1e6:
+                raise ValueError(f"config: expected a positive {kind.__name__} below 1,000,000 as "
+                                 f"{name}, found {brief(value)}")
         if self.dropout_rate >= 1:
             raise ValueError(f"config: expected dropout_rate below 1, found {self.dropout_rate}")
         buckets, distance = (self.relative_attention_num_buckets,
@@ -609,7 +609,7 @@ def load(path):
     """
     content = read_checkpoint(path)
     model = build(MT5Config(**content["config"]), content["model"])
-    return model, Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
+    return model, tokenizer_of(content)
 
 
 def build(config, weights):
@@ -632,21 +632,50 @@ def read_checkpoint(path):
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
     content = read_pickle(path)
-    if not isinstance(content, dict) or not str(content.get("format")).startswith("xlrs-mt5 "):
+    found = content.get("format") if isinstance(content, dict) else None
+    if not isinstance(found, str) or not found.startswith("xlrs-mt5 "):
         raise ValueError(f"{path}: expected a checkpoint of this project, found another kind of "
                          "file; a hub folder becomes one by: python model.py convert FOLDER FILE")
-    if content["format"] != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, found {content['format']!r}; use "
-                         "the version of this project that wrote it")
+    if found != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT!r}, found {brief(found)}; use the "
+                         "version of this project that wrote it")
+    where = f"{path}: damaged checkpoint"
+    check(content, where, {"config": {str: float}, "model": dict, "tokenizer": dict})
+    for part in ("tokenizer", "model"):
+        check_tensors(content[part], where)
     try:
-        Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
-        faults = find_faults(content["model"], MT5Config(**content["config"]))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: expected config, model and tokenizer of a checkpoint, found a "
-                         f"damaged one ({type(error).__name__}: {error})") from None
-    if faults:
+        config = MT5Config(**content["config"])
+        check_tokenizer(tokenizer_of(content), config)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {str(error)[:200]}") from None
+    if faults := find_faults(content["model"], config):
         raise ValueError(f"{path}: {faults}")
+    if len(found := {tensor.dtype for tensor in content["model"].values()}) > 1:
+        raise ValueError(f"{path}: expected weights of one precision, found {brief(found)}")
     return content
+
+
+def tokenizer_of(content):
+    """Return the Tokenizer in a checkpoint's content."""
+    model = content["tokenizer"]["model"]
+    if model.dtype != torch.uint8:
+        raise ValueError(f"expected the bytes of a SentencePiece model, found {model.dtype}")
+    return Tokenizer(model.detach().numpy().tobytes())
+
+
+def check_tensors(tensors, where):
+    """Return tensors {name: tensor}; raises ValueError if one is no ordinary tensor on the CPU.
+
+    Nor may it have fewer numbers in memory than in its shape: a small file can make one number look
+    like a billion of them, which the first copy would then hold.
+    """
+    for name, tensor in check(tensors, where, {str: torch.Tensor}).items():
+        if (tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
+                or tensor.device.type != "cpu"
+                or tensor.nbytes > tensor.untyped_storage().nbytes()):
+            raise ValueError(f"{where}: expected a tensor with all its numbers, found another "
+                             f"kind as {brief(name)}")
+    return tensors
 
 
 def find_faults(weights, config, names=None):
@@ -660,12 +689,12 @@ def find_faults(weights, config, names=None):
         wanted = {names[name] if names else name: tuple(tensor.shape)
                   for name, tensor in MT5(config).state_dict().items()}
     faults = [f"missing {name}" for name in wanted if name not in weights]
-    faults += [f"unknown {name}" for name in weights if name not in wanted]
+    faults += [f"unknown {brief(name)}" for name in weights if name not in wanted]
     for name, tensor in weights.items():
-        if name in wanted and not torch.is_tensor(tensor):
-            faults.append(f"{name} is no tensor")
-        elif name in wanted and (tensor.shape != wanted[name] or not tensor.is_floating_point()):
-            faults.append(f"{name} is {tuple(tensor.shape)} {tensor.dtype}, not {wanted[name]}")
+        if name in wanted and (tensor.shape != wanted[name]
+                               or tensor.dtype not in DTYPES.values()):
+            faults.append(f"{name} is {brief(tuple(tensor.shape))} {tensor.dtype}, not "
+                          f"{wanted[name]}")
     more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
     return f"weights do not fit: {'; '.join(faults[:20])}{more}" if faults else ""
 
@@ -676,16 +705,36 @@ def read_pickle(path):
     weights_only=True: tensors and plain types; whatever asks for code raises ValueError.
     """
     try:
+        zipped = zipfile.is_zipfile(path)
+        with open(path, "rb") as file:
+            refuse_bomb(file, zipped)
         with warnings.catch_warnings(action="ignore"):  # of the pickle's age
-            return torch.load(path, map_location="cpu", weights_only=True,
-                              mmap=zipfile.is_zipfile(path))
-    except OSError:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except PermissionError:
         raise
     except Exception as error:  # a broken file can fail in any way, and each is the file's fault
         code = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"one that asks for {code[1]}, which was not run" if code else "a broken one"
+        found = f"one that asks for {code[1][:80]}, which was not run" if code else "a broken one"
         raise ValueError(f"{path}: expected a whole file of tensors written by torch.save, found "
                          f"{found}; fetch or convert it again") from None
+
+
+def refuse_bomb(file, zipped):
+    """Raise ValueError where torch.load could fill more memory than the open file has bytes.
+
+    torch.save neither compresses nor, for tensors, asks for a bytearray; torch.load, even with
+    weights_only=True, unpacks whatever is compressed and makes a bytearray of any length.
+    """
+    bomb = b"\nbytearray\n"  # the end of a pickle's GLOBAL
+    if not zipped:
+        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(bomb) >= 0
+    else:
+        archive = zipfile.ZipFile(file)
+        found = (sum(part.file_size for part in archive.infolist()) > file.seek(0, 2)
+                 or any(bomb in archive.read(part) for part in archive.infolist()
+                        if part.filename.lower().endswith(".pkl")))
+    if found:
+        raise ValueError("expected tensors, found what takes more memory than the file")
 
 
 # Conversion from and to the hub's folders: config.json, weights, spiece.model.
@@ -740,7 +789,10 @@ def convert(source, target, trim=()):
         kept = tokenizer.needed(read_lines(trim))
         print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces, and of "
               f"{config.vocab_size:,} rows of embedding and head, are kept")
-        tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
+        try:
+            tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
+        except ValueError as error:
+            raise ValueError(f"{source / 'spiece.model'}: {error}") from None
         for name in ("embedding.weight", "head.weight"):
             weights[name] = weights[name][kept]
     save(target, build(config, weights), tokenizer)
@@ -759,7 +811,7 @@ def infer_config(settings, published, folder):
                          "each layer: not supported")
     if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
         raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' as in "
-                         f"mT5, found {settings['feed_forward_proj']!r}: not supported")
+                         f"mT5, found {brief(settings['feed_forward_proj'])}: not supported")
     rows = {}  # of the matrices that tell the sizes, and their columns
     for name in ("shared.weight", positions, "encoder.block.0.layer.0.SelfAttention.q.weight",
                  "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
@@ -772,8 +824,11 @@ def infer_config(settings, published, folder):
     other = {name: settings[name] for name in (
         "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon")
         if name in settings}
-    return MT5Config(vocab_size, d_model, inner // max(1, heads), d_ff, *depth, heads, buckets,
-                     **other)
+    try:
+        return MT5Config(vocab_size, d_model, inner // max(1, heads), d_ff, *depth, heads, buckets,
+                         **other)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def set_aside(published, settings, folder):
@@ -799,42 +854,36 @@ def read_tokenizer(path, config):
         raise FileNotFoundError(f"{path}: expected the SentencePiece model, found none; "
                                 "all mT5 of any size share the one of google/mt5-small")
     try:
-        tokenizer = Tokenizer(path.read_bytes())
+        return check_tokenizer(Tokenizer(path.read_bytes()), config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def check_tokenizer(tokenizer, config):
+    """Return tokenizer; raises ValueError where the embedding of config has no row for a piece."""
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{path}: expected at most {config.vocab_size} pieces, as many as rows of "
-                         f"the embedding, found {len(tokenizer)}")
+        raise ValueError(f"expected at most {config.vocab_size} pieces, as many as rows of the "
+                         f"embedding, found {len(tokenizer)}")
     return tokenizer
 
 
 def read_lines(paths):
     """Yield the lines of UTF-8 text files; of .jsonl files the strings in each line."""
     for path in map(Path, paths):
-        with open(path, encoding="utf-8") as file:
-            try:
-                for line in file:
-                    if path.suffix == ".jsonl" and line.strip():
-                        yield from (text for text in json.loads(line).values()
-                                    if isinstance(text, str))
-                    else:
-                        yield line
-            except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path}: expected UTF-8 text (.jsonl: an object a line): "
-                                 f"{error}") from None
+        for number, line in enumerate(each_line(path), start=1):
+            if path.suffix != ".jsonl":
+                yield line
+            elif line.strip():
+                where = f"{path}:{number}"
+                yield from (whole(text, where) for text in parse(line, where).values()
+                            if isinstance(text, str))
 
 
-def read_json(path):
-    """Return the JSON object in the file at path."""
+def read_json(path, form=dict):
+    """Return the JSON object in the file at path, of that form."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a JSON file, found none")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
+    return parse(path.read_bytes(), path, form)
 
 
 def read_weights(folder):
@@ -848,9 +897,8 @@ def read_weights(folder):
                                 "the .index.json of either, found none")
     shards = [name]
     if name.endswith(".json"):
-        shards = read_json(folder / name).get("weight_map")
-        if not isinstance(shards, dict) or not all(
-                isinstance(shard, str) and Path(shard).name == shard for shard in shards.values()):
+        shards = read_json(folder / name, {"weight_map": {str: str}})["weight_map"]
+        if not all(Path(shard).name == shard for shard in shards.values()):
             raise ValueError(f"{folder / name}: expected weight_map to name each tensor's file")
         shards = sorted(set(shards.values()))
     weights = {}
@@ -858,10 +906,7 @@ def read_weights(folder):
         if not (folder / shard).is_file():
             raise FileNotFoundError(f"{folder / shard}: expected by {name}, found none")
         read = read_safetensors if shard.endswith(".safetensors") else read_pickle
-        part = read(folder / shard)
-        if not isinstance(part, dict) or not all(
-                isinstance(key, str) and torch.is_tensor(value) for key, value in part.items()):
-            raise ValueError(f"{folder / shard}: expected tensors by name, found something else")
+        part = check_tensors(read(folder / shard), folder / shard)
         if twice := part.keys() & weights.keys():
             raise ValueError(f"{folder / shard}: expected each tensor once, found {min(twice)} "
                              "in another shard too")
@@ -889,24 +934,24 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(content[:8], "little")
     if start > size:
         raise fault(f"a header of at most {size - 8} bytes, found the length {start - 8}")
-    try:
-        header = json.loads(content[8:start])
-        header.pop("__metadata__", None)
-        entries = []
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            entries.append((begin, end, name, DTYPES[entry["dtype"]], list(entry["shape"])))
-        entries.sort(key=lambda entry: entry[:2])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise fault(f"a header with dtype ({', '.join(DTYPES)}), shape and data_offsets of each "
-                    f"tensor ({type(error).__name__}: {error})") from None
+    header = parse(content[8:start], path)
+    header.pop("__metadata__", None)
+    whole_number = range(2**48)
+    check(header, path, {str: {"dtype": str, "shape": ([whole_number], []),
+                               "data_offsets": [whole_number]}})
+    entries = []
+    for name, entry in header.items():
+        if (entry["dtype"] not in DTYPES or len(entry["data_offsets"]) != 2
+                or math.prod(filter(None, entry["shape"][:9])) > size or len(entry["shape"]) > 8):
+            raise fault(f"one of {' '.join(DTYPES)}, at most 8 sizes and 2 offsets, found "
+                        f"{brief(name)}: {brief(entry)}")
+        entries.append((*entry["data_offsets"], name, DTYPES[entry["dtype"]], entry["shape"]))
+    entries.sort(key=lambda entry: entry[:2])
     tensors, at = {}, 0
     for begin, end, name, dtype, shape in entries:
-        if not all(type(n) is int and 0 <= n < 2**48 for n in (begin, end, *shape)):
-            raise fault(f"whole numbers as shape and data_offsets of {name}")
         count = math.prod(shape)
         if begin != at or end - begin != count * dtype.itemsize or start + end > size:
-            raise fault(f"{name} {shape} at bytes {at} to {at + count * dtype.itemsize} of "
+            raise fault(f"{brief(name)} {shape} at bytes {at} to {at + count * dtype.itemsize} of "
                         f"{size - start}, found {begin} to {end}")
         at = end
         tensors[name] = torch.empty(0, dtype=dtype) if not count else torch.frombuffer(
@@ -921,7 +966,8 @@ def export(checkpoint, folder):
     """Write the checkpoint as a hub folder that transformers loads; print what was written."""
     content = read_checkpoint(checkpoint)
     config = MT5Config(**content["config"])
-    weights = {theirs: content["model"][ours] for ours, theirs in published_names(config).items()}
+    weights = {theirs: content["model"][ours].float()
+               for ours, theirs in published_names(config).items()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", json.dumps({

@@ -79,8 +79,9 @@ def parse_args(argv=None):
     method = parser.add_argument_group("method")
     method.add_argument("--reg", type=scoring.real(0), default=0.0, metavar="λ",
                         help="weight of the regulariser, cosine per nat (default 0: none)")
-    method.add_argument("--reg-floor", type=scoring.real(-1, 1), default=0.0, metavar="COSINE",
-                        help="similarity that is low enough (default 0; -1: no floor)")
+    method.add_argument("--reg-floor", type=scoring.real(-1, 1), default=scoring.FLOOR,
+                        metavar="COSINE", help="similarity that is low enough, for the "
+                        "regulariser and for choosing (default 0.3; -1: no floor)")
     method.add_argument("--reg-batch", type=scoring.whole(1), default=8, metavar="N",
                         help="parallel sentences a step, each in every language (default 8)")
     method.add_argument("--freeze", nargs="+", choices=PARTS, default=[], metavar="PART",
@@ -96,7 +97,7 @@ def parse_args(argv=None):
                         help="share of bilingual pages in toy pre-training (default 0.5)")
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--lr", type=scoring.real(0), metavar="LR",
-                       help="AdamW's learning rate (default 1e-3, with --pretrain 2e-3; 1e-4 is "
+                       help="AdamW's learning rate (default 5e-4, with --pretrain 2e-3; 1e-4 is "
                             "usual for mT5-small)")
     steps.add_argument("--steps", type=scoring.whole(1), metavar="N",
                        help="updates (default 100, with --pretrain 12000)")
@@ -110,7 +111,7 @@ def parse_args(argv=None):
                        help="of all that is random (default 0)")
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=scoring.whole(1), metavar="N",
-                     help="steps between checkpoints (default: a fifth of --steps)")
+                     help="steps between checkpoints (default: a tenth of --steps)")
     run.add_argument("--eval-size", type=scoring.whole(1), default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default 100)")
     run.add_argument("--keep", type=scoring.whole(1), metavar="N",
@@ -138,9 +139,9 @@ def complete(args):
                               "title" if args.pretrain else "completion")
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     if args.lr is None:
-        args.lr = 2e-3 if args.pretrain else 1e-3
+        args.lr = 2e-3 if args.pretrain else 5e-4
     args.steps = args.steps or (12000 if args.pretrain else 100)
-    args.eval_every = args.eval_every or max(1, args.steps // 5)
+    args.eval_every = args.eval_every or max(1, args.steps // 10)
     args.max_target = args.max_target or (64 if "=" in first else 32)
     if "=" not in first:
         everywhere = [first, *(lang for lang in data.TOY_LANGUAGES if lang != first)]

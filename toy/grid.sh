@@ -17,18 +17,28 @@ run() {  # NAME ARGUMENTS…
 export -f run
 
 mkdir -p runs/grid
-for seed in ${SEEDS:-0 1 2 3 4}; do
-    for task in title summary completion; do
-        echo "$task-plain-$seed --task $task --seed $seed"
-        echo "$task-reg-$seed --task $task --seed $seed --reg 0.1"
-        echo "$task-aux-$seed --task $task --seed $seed --train en de"
-        echo "$task-both-$seed --task $task --seed $seed --train en de --reg 0.1"
-        echo "$task-frozen-$seed --task $task --seed $seed --freeze decoder head"
-        echo "$task-mix-$seed --task $task --seed $seed --mix de es fr ru tr"
-        for lr in ${RATES-1e-4 3e-4 5e-4}; do
-            [ "$seed" -gt 2 ] && continue
-            echo "$task-plain-$lr-$seed --task $task --seed $seed --lr $lr"
-            echo "$task-reg-$lr-$seed --task $task --seed $seed --lr $lr --reg 0.1"
+tasks="title summary completion"
+{
+    for seed in ${SEEDS:-10 11 12 13 14}; do
+        for task in $tasks; do
+            echo "$task-plain-$seed --task $task --seed $seed"
+            echo "$task-reg-$seed --task $task --seed $seed --reg 0.1"
         done
     done
-done | xargs -P 2 -I LINE bash -c 'run LINE'
+    for seed in ${OTHERS-10 11 12 13 14}; do
+        for task in $tasks; do
+            echo "$task-aux-$seed --task $task --seed $seed --train en de"
+            echo "$task-both-$seed --task $task --seed $seed --train en de --reg 0.1"
+            echo "$task-frozen-$seed --task $task --seed $seed --freeze decoder head"
+            echo "$task-mix-$seed --task $task --seed $seed --mix de es fr ru tr"
+        done
+    done
+    for seed in ${RATE_SEEDS-10 11 12}; do
+        for lr in 1e-3 3e-4 1e-4; do
+            for task in $tasks; do
+                echo "$task-plain-$lr-$seed --task $task --seed $seed --lr $lr"
+                echo "$task-reg-$lr-$seed --task $task --seed $seed --lr $lr --reg 0.1"
+            done
+        done
+    done
+} | xargs -P 2 -I LINE bash -c 'run LINE'
