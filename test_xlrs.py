@@ -1846,6 +1846,15 @@ def test_a_signal_waits_for_the_end_of_an_update():
     assert finished
 
 
+def test_a_foreign_checkpoint_in_the_folder_is_named_when_a_run_goes_on(small_run, tmp_path):
+    folder, _ = small_run
+    for name in ("args.json", "log.jsonl"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "step_000004.pt").write_bytes(train.TOY_BASE.read_bytes())
+    fails_in_one_line(script("train.py", "--reg", 0.1, *SMALL, "--out", tmp_path, "--resume"),
+                      "step_000004.pt", "remove it")
+
+
 def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main([*map(str, SMALL), "--lr", "1e30", "--out", str(tmp_path / "run")])

@@ -384,9 +384,14 @@ class Run:
         found = sorted(self.folder.glob("step_*.pt"))
         if found:
             state = read_checkpoint(found[-1])
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.done = state["step"]
+            try:
+                self.model.load_state_dict(state["model"])
+                self.optimizer.load_state_dict(state["optimizer"])
+                self.done = int(state["step"])
+            except (KeyError, TypeError, ValueError, RuntimeError):
+                raise ValueError(f"{found[-1]}: expected a checkpoint of this run, found another "
+                                 "model or no optimiser's state; remove it, and --resume goes on "
+                                 "from the one before") from None
         if self.rank > 0:
             return
         rows = [row for row in data.read_log(self.folder) if row["step"] <= self.done] \
