@@ -855,30 +855,30 @@ def at_its_best(runs):
 
 
 def headline(rows):
-    """Return how far the regularised runs are from the plain ones: a table's row.
+    """Return how far `--reg 0.1` is from `--reg 0`, cells of a table: before -> after (difference).
 
-    rows: (method, run, checkpoint). The mean over tasks; its difference seed by seed, with a 95 %
-    interval where both have the same seeds.
+    rows: (method, run, checkpoint). Means over the tasks, of the seeds that have them all; the
+    difference seed by seed, with its 95 % interval.
     """
-    means = {}  # method -> seed -> column -> one number a task
+    tasks = {run["task"] for _, run, _ in rows}
+    found = {}  # (method, seed) -> {task: {column: number}}
     for name, run, row in rows:
-        if name in ("--reg 0", "--reg 0.1"):
-            columns = means.setdefault(name, {}).setdefault(run["seed"], {})
-            for column, number in scores_of(run, row).items():
-                columns.setdefault(column, []).append(number)
-    plain, ours = ({seed: {column: mean(numbers) for column, numbers in columns.items()}
-                    for seed, columns in means.get(name, {}).items()}
-                   for name in ("--reg 0", "--reg 0.1"))
+        found.setdefault((name, run["seed"]), {})[run["task"]] = scores_of(run, row)
+
+    def by_seed(name, column):
+        return {seed: mean(numbers[column] for numbers in by_task.values())
+                for (method, seed), by_task in found.items()
+                if method == name and set(by_task) == tasks}
+
     cells = []
     for column in ("source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"):
-        before, after = (mean(numbers[column] for numbers in side.values())
-                         for side in (plain, ours))
-        change = interval([ours[seed][column] - plain[seed][column]
-                           for seed in plain if seed in ours])
+        plain, ours = by_seed("--reg 0", column), by_seed("--reg 0.1", column)
+        before, after = mean(plain.values()), mean(ours.values())
+        change = interval([ours[seed] - plain[seed] for seed in plain if seed in ours])
         cells.append(f"{before:.1f} -> {after:.1f} ({change})")
-    before, after = (mean(numbers["source %"] for numbers in side.values())
-                     for side in (plain, ours))
-    return [f"{100 * (after / before - 1) if before else math.nan:.0f} %", *cells]
+        if column == "source %":
+            cells.insert(0, f"{100 * (after / before - 1) if before else math.nan:.0f} %")
+    return cells
 
 
 def across_runs(runs):

@@ -1693,6 +1693,20 @@ def test_runs_are_compared_with_intervals_and_the_tables_can_be_printed_again(sm
     assert f"{expected:.1f} ± 0.0" in finished.stdout
 
 
+def test_the_headline_is_the_mean_over_tasks_of_seeds_that_have_them_all():
+    def row(task, reg, seed, english, rouge):
+        scores = dict(rougeL=rouge, wrong_language=english, source_language=english, mixed=0., loops=0.)
+        return (f"--reg {reg:g}", dict(task=task, train=["en"], seed=seed),
+                dict(test={"en": scores, "de": scores}, xlrs={"de": 0.5}, xlrs_mismatched={"de": 0.4}))
+
+    rows = [row("title", 0, 1, 40., 50.), row("summary", 0, 1, 20., 70.),
+            row("title", 0.1, 1, 6., 60.), row("summary", 0.1, 1, 0., 72.),
+            row("title", 0.1, 2, 99., 1.)]  # a seed without summaries
+    english, share, wrong, rouge, *_ = scoring.headline(rows)
+    assert english == "-90 %" and share == wrong == "30.0 -> 3.0 (-27.0)"
+    assert rouge == "60.0 -> 66.0 (6.0)"
+
+
 def write_run(folder, languages=("en", "de", "ru")):
     """Write a run folder of two checkpoints, as far as select.py and --compare read it."""
     scores = {"rougeL": 12.5, "wrong_language": 3.0, "source_language": 2.0, "mixed": 1.0,
