@@ -357,10 +357,10 @@ class Run:
         self.folder = Path(args.out) if args.out else free_folder(args)
         self.log_path = self.folder / "log.jsonl"
         exists = (self.folder / "args.json").exists()
-        if exists and not args.resume:
+        if exists and not args.resume and rank == 0:
             raise ValueError(f"{self.folder} holds a run already: go on with --resume, or choose "
                              "another --out")
-        if exists:
+        if exists and args.resume:
             self.compare_arguments()
             self.resume()
         elif rank == 0:
