@@ -1695,9 +1695,11 @@ def test_runs_are_compared_with_intervals_and_the_tables_can_be_printed_again(sm
 
 def test_the_headline_is_the_mean_over_tasks_of_seeds_that_have_them_all():
     def row(task, reg, seed, english, rouge):
-        scores = dict(rougeL=rouge, wrong_language=english, source_language=english, mixed=0., loops=0.)
+        scores = dict(rougeL=rouge, wrong_language=english, source_language=english, mixed=0.,
+                      loops=0.)
         return (f"--reg {reg:g}", dict(task=task, train=["en"], seed=seed),
-                dict(test={"en": scores, "de": scores}, xlrs={"de": 0.5}, xlrs_mismatched={"de": 0.4}))
+                dict(test={"en": scores, "de": scores}, xlrs={"de": 0.5},
+                     xlrs_mismatched={"de": 0.4}))
 
     rows = [row("title", 0, 1, 40., 50.), row("summary", 0, 1, 20., 70.),
             row("title", 0.1, 1, 6., 60.), row("summary", 0.1, 1, 0., 72.),

@@ -196,7 +196,8 @@ def train(args):
             torch.manual_seed(seed_of(args.seed, step, rank))  # of this step's dropout
             optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args)
             with autocast:
-                loss, term, similarity = objective(rows_of(pairs, device), rows_of(parallel, device))
+                loss, term, similarity = objective(rows_of(pairs, device),
+                                                   rows_of(parallel, device))
             total = loss + args.reg * term
             optimizer.zero_grad()
             (ranks * total).backward()  # DistributedDataParallel divides by the ranks
@@ -569,8 +570,9 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         fail("the device's memory is full; try a smaller --batch-size, --reg-batch, --max-source "
              "or --max-target, or a vocabulary cut down by: python model.py convert --trim")
-    except lost_contact():
-        fail(f"another process has ended; start all again with --out {folder} --resume")
+    except lost_contact() as error:
+        fail(f"lost contact with another process ({str(error).partition(chr(10))[0]}); start all "
+             f"again with --out {folder} --resume")
     except KeyboardInterrupt:
         fail(f"stopped after the last finished step; go on with the same command, --out {folder} "
              "and --resume", code=130)
