@@ -562,7 +562,9 @@ def gathered(pooled):
 def main(argv=None):
     args = parse_args(argv)
     folder = args.out or "FOLDER"
-    old = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    # Both raise KeyboardInterrupt; a shell starts background jobs with SIGINT ignored.
+    old = {number: signal.signal(number, signal.default_int_handler)
+           for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         train(args)
     except (ValueError, OSError) as error:
@@ -577,7 +579,8 @@ def main(argv=None):
         fail(f"stopped after the last finished step; go on with the same command, --out {folder} "
              "and --resume", code=130)
     finally:
-        signal.signal(signal.SIGTERM, old)
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def fail(message, code=2):
