@@ -52,6 +52,8 @@ def tokens(text):
 
 def normal(text):
     """Return text in the normal form NFKC, with at most 30 marks in a row (Unicode UAX #15, 13)."""
+    if text.isascii():
+        return text
     return unicodedata.normalize("NFKC", PILED.sub(r"\1", text))
 
 
@@ -449,12 +451,17 @@ def pick_device(device=None, dtype=None):
     return device, "float32", "a CPU" if device.type == "cpu" else "this GPU has no bfloat16"
 
 
-def in_batches(texts, tokenizer, max_source, size=64):
-    """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded."""
+def in_batches(texts, tokenizer, max_source, size=2**13):
+    """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded.
+
+    size: source tokens of a batch, its padding included.
+    """
     ids = [data.encode(text, tokenizer, max_source) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    for start in range(0, len(order), size):
-        places = order[start:start + size]
+    start = 0
+    while start < len(order):
+        places = order[start:start + max(1, size // len(ids[order[start]]))]
+        start += len(places)
         input_ids = data.pad([ids[i] for i in places])
         yield places, input_ids, input_ids != data.PAD
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The grid behind the README's results: every task, method and seed, then four learning rates.
 # Two runs side by side; start it again after a stop and it goes on with the runs that are missing.
-#     bash toy/grid.sh && python eval.py --compare runs/grid/* --out toy/results/grid.json
+#     bash toy/grid.sh && python eval.py --compare runs/grid/*/ --out toy/results/grid.json
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
