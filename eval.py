@@ -719,25 +719,23 @@ def interval(values, digits=1):
 
 
 KEPT = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
-RUN = {**{name: data.ARGUMENTS[name] for name in KEPT}, "checkpoints": [
-    {"step": data.COUNT, "xlrs": {str: float}, "xlrs_mismatched": {str: float}, "dev_loss": float,
-     "test": {str: dict.fromkeys(SCORES.values(), float)}}]}
+CHECKPOINT = {"step": data.NUMBER, "xlrs": {str: float}, "xlrs_mismatched": {str: float},
+              "dev_loss": float, "test": {str: dict.fromkeys(SCORES.values(), float)}}
+RUN = {**{name: data.ARGUMENTS[name] for name in KEPT}, "base": CHECKPOINT,
+       "checkpoints": [CHECKPOINT]}
 
 
 def summarise(folder):
     """Return what `compare` needs of a run: its arguments and its checkpoints' scores."""
     args, rows = read_run(folder)
-    known = {name: getattr(args, name) for name in KEPT}
-    seen = {word.partition("=")[0] for word in args.train}
-    rows = [row for row in rows if row["step"] > 0]
-    kept = ("step", "xlrs", "xlrs_mismatched", "dev_loss")
-    if not rows or any({*kept, "test"} - set(row) for row in rows):
+    seen = {word.partition("=")[0] for word in args.train} - {data.languages(args)[0]}
+    if len(rows) < 2 or any(set(CHECKPOINT) - set(row) for row in rows):
         raise ValueError(f"{folder}: expected checkpoints of a run with --dev, --test, --parallel")
-    known["checkpoints"] = [
-        {key: row[key] for key in kept} | {
-            "test": {lang: scores for lang, scores in row["test"].items()
-                     if lang == data.languages(args)[0] or lang not in seen}}
+    base, *checkpoints = [{key: row[key] for key in CHECKPOINT} | {
+        "test": {lang: scores for lang, scores in row["test"].items() if lang not in seen}}
         for row in rows]
+    known = {name: getattr(args, name) for name in KEPT}
+    known |= {"base": base, "checkpoints": checkpoints}
     return json.loads(json.dumps(known), parse_float=lambda number: float(f"{float(number):.4g}"))
 
 
@@ -944,9 +942,8 @@ def compare(paths, out=None):
               ["", "source %", "source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"])
     print_means("At the last step:", heads, entries(scores_of))
     print_means("At the checkpoint chosen by XLRS where --reg is on, else by source dev loss:",
-                ["task", "method"], [(run["task"], method(run), run["seed"],
-                                      {"step": row["step"], **scores_of(run, row)})
-                                     for run in at_usual for row in [chosen_row(run)]])
+                heads, entries(lambda run, _: {"step": chosen_row(run)["step"],
+                                               **scores_of(run, chosen_row(run))}))
     print_means("At the last step, by language:", heads, entries(by_language, at_usual))
     print_means("At the learning rate and step that are best on the test set:", ["task", "method"],
                 [(run["task"], name, run["seed"], {"lr / 1e-4": run["lr"] * 1e4,
@@ -954,8 +951,8 @@ def compare(paths, out=None):
                  for name, run, row in best])
     print_means(f"Step by step, learning rate {usual:g}:", ["task", "method", "step"],
                 [(run["task"], method(run), row["step"], run["seed"], scores_of(run, row))
-                 for run in at_usual if method(run).startswith("--reg") for row in
-                 run["checkpoints"]])
+                 for run in at_usual if method(run).startswith("--reg")
+                 for row in [run["base"], *run["checkpoints"]]])
     print_means("ROUGE-L of the checkpoint chosen by each rule:", heads, entries(by_rule))
     print_means("Spearman's rank correlation with XLRS over the checkpoints of a run:", heads,
                 entries(within_run))
