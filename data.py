@@ -642,7 +642,7 @@ def read_json(path, *keys):
     """Return the JSON object in a file of a run; raises ValueError if one of ENTRIES is not so."""
     try:
         text = Path(path).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: expected a run folder, written by train.py") from None
     return parse(text, path, {key: ENTRIES[key] for key in keys})
 

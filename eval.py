@@ -707,15 +707,20 @@ SCORES = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_
           "mixed %": "mixed", "loops %": "loops"}  # column -> its key in scores
 
 
-def interval(values, digits=1):
-    """Return "mean ± half the width of its 95 % interval" over runs, by Student's t."""
+def mean_and_half(values):
+    """Return (mean, half the width of its 95 % interval, NaN of one value), by Student's t."""
     values = [value for value in values if value == value]  # NaN: undefined in that run
-    if len(values) < 2:
-        return f"{mean(values):.{digits}f}"
     middle = mean(values)
+    if len(values) < 2:
+        return middle, math.nan
     variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
-    t = T95[min(len(values) - 2, len(T95) - 1)]
-    return f"{middle:.{digits}f} ± {t * (variance / len(values)) ** 0.5:.{digits}f}"
+    return middle, T95[min(len(values) - 2, len(T95) - 1)] * (variance / len(values)) ** 0.5
+
+
+def interval(values, digits=1):
+    """Return "mean ± half the width of its 95 % interval" over runs; of one, the value alone."""
+    middle, half = mean_and_half(values)
+    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
 
 
 KEPT = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
@@ -834,6 +839,12 @@ def print_means(title, heads, entries):
           [*heads, "runs", *columns])
 
 
+def at_usual_rate(runs):
+    """Return the runs at the learning rate that most of them have."""
+    rates = [run["lr"] for run in runs]
+    return [run for run in runs if run["lr"] == max(rates, key=rates.count)]
+
+
 def chosen_row(run):
     """Return the checkpoint that is chosen without any target-language data.
 
@@ -922,15 +933,13 @@ def compare(paths, out=None):
     if out:
         lines = [json.dumps(run, ensure_ascii=False) for run in runs]
         data.write_file(out, "[" + ",\n".join(lines) + "]\n")
-    rates = [run["lr"] for run in runs]
-    usual = max(rates, key=rates.count)  # the learning rate of most runs
+    at_usual = at_usual_rate(runs)
     heads = ["task", "lr", "method"]
 
     def entries(measure, only=runs):
         return [(run["task"], f"{run['lr']:g}", method(run), run["seed"],
                  measure(run, run["checkpoints"][-1])) for run in only]
 
-    at_usual = [run for run in runs if run["lr"] == usual]
     best = list(at_its_best(runs))
     if {"--reg 0", "--reg 0.1"} <= {method(run) for run in at_usual}:
         print("--reg 0 -> --reg 0.1 (difference ± 95 % interval over seeds), mean over the tasks:")
@@ -949,7 +958,7 @@ def compare(paths, out=None):
                 [(run["task"], name, run["seed"], {"lr / 1e-4": run["lr"] * 1e4,
                                                    "step": row["step"], **scores_of(run, row)})
                  for name, run, row in best])
-    print_means(f"Step by step, learning rate {usual:g}:", ["task", "method", "step"],
+    print_means(f"Step by step, learning rate {at_usual[0]['lr']:g}:", ["task", "method", "step"],
                 [(run["task"], method(run), row["step"], run["seed"], scores_of(run, row))
                  for run in at_usual if method(run).startswith("--reg")
                  for row in [run["base"], *run["checkpoints"]]])

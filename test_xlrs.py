@@ -1748,10 +1748,7 @@ def test_a_damaged_run_is_refused_with_file_and_line_and_left_as_it_was(tmp_path
     assert old in content
     (folder / name).write_text(content.replace(old, new), errors="surrogateescape")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    spec = importlib.util.spec_from_file_location("selecting", HERE / "select.py")
-    selecting = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(selecting)
-    for main, arguments in ((selecting.main, [str(folder)]),
+    for main, arguments in ((selecting().main, [str(folder)]),
                             (scoring.main, ["--compare", str(folder)])):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
@@ -1784,6 +1781,28 @@ def test_runs_that_were_tested_in_different_languages_can_be_compared(tmp_path, 
     write_run(tmp_path / "two", ("en", "fr"))
     scoring.main(["--compare", str(tmp_path / "one"), str(tmp_path / "two")])
     assert "de ROUGE-L" in capsys.readouterr().out
+
+
+def selecting():
+    """Return select.py as a module; under its own name an import would get Python's `select`."""
+    spec = importlib.util.spec_from_file_location("selecting", HERE / "select.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_are_drawn_from_folders_and_from_what_compare_wrote(tmp_path, capsys, monkeypatch):
+    folder, drawn = str(write_run(tmp_path / "run")), str(tmp_path / "runs.svg")
+    scoring.main(["--compare", folder, "--out", str(tmp_path / "runs.json")])
+    for run in (folder, str(tmp_path / "runs.json")):
+        selecting().main([run, "--plot", drawn])
+        assert drawn in capsys.readouterr().out
+        assert "<svg" in Path(drawn).read_text()
+        os.remove(drawn)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(SystemExit) as stop:
+        selecting().main([folder, "--plot", drawn])
+    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_an_interval_is_students():
