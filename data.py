@@ -68,14 +68,9 @@ class Tokenizer:
 
         mT5 spells them with SentencePiece's space sign in front, our toy vocabulary without.
         """
-        ids = []
-        for i in range(100):
-            found = [self.pieces.piece_to_id(f"{space}<extra_id_{i}>") for space in ("▁", "")]
-            found = [piece for piece in found if piece != self.pieces.unk_id()]
-            if not found:
-                break
-            ids.append(found[0])
-        return ids
+        ids = [max(self.pieces.piece_to_id(f"{space}<extra_id_{i}>") for space in ("▁", ""))
+               for i in range(100)]  # the id of a spelling it lacks, UNK, is lower than any other
+        return list(itertools.takewhile(lambda piece: piece != UNK, ids))
 
     def needed(self, texts):
         """Return the sorted ids that texts need, and those that any text may need.
@@ -477,7 +472,7 @@ def mask_spans(ids, spans, sentinels):
     return source + ids[position:] + [EOS], target + [EOS]
 
 
-def random_spans(length, rng, density=0.15, mean=3.0):
+def random_spans(length, rng, density, mean=3.0):
     """Return spans that cover about density of length ids, mean ids each (T5, section 3.1.4)."""
     masked = min(max(1, round(length * density)), length - 1)
     count = max(1, min(round(masked / mean), length - masked))
@@ -578,8 +573,8 @@ def tell(story, language):
     plot, frame = lexicon[story["plot"]], lexicon["frame"]
     words = {name: {"": pattern} for name, pattern in lexicon["phrases"].items()}
     words |= {name: lexicon[name][story[name]] for name in ("hero", *CAST)}
-    words |= {"plot": {"": plot["plot"]}}
-    words |= {"n": {"": str(story["n"]), "agree": int(story["n"] > 4)}}  # Russian 2–4, 5–9
+    words["plot"] = {"": plot["plot"]}
+    words["n"] = {"": str(story["n"]), "agree": int(story["n"] > 4)}  # Russian 2–4, 5–9
     helped = story["helped"]
     patterns = [frame[story["opening"]], plot["problem"], plot["good" if helped else "bad"],
                 plot["title"], frame["summary_good" if helped else "summary_bad"],
