@@ -627,27 +627,27 @@ ARGUMENTS = {  # of a run, as far as others than train.py read them
     "mix": ([str], []), "freeze": ([str], []), "init": str, "reg": float, "reg_floor": float,
     "lr": float, "steps": COUNT, "seed": range(2**63), "batch_size": COUNT, "num_beams": COUNT,
     "max_source": COUNT, "max_target": COUNT, "eval_size": COUNT, "test_size": (COUNT, None)}
-ENTRIES = {"arguments": ARGUMENTS, "step": NUMBER}  # of args.json and selected.json
 MEASURED = {  # an evaluation row of a run's log
     "xlrs?": {str: float}, "xlrs_mismatched?": {str: float}, "dev_loss?": float,
     "test?": {str: {"rougeL": float, "wrong_language": float}}}
 
 
-def read_json(path, *keys):
-    """Return the JSON object in a file of a run; raises ValueError if one of ENTRIES is not so."""
-    try:
-        text = Path(path).read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py") from None
-    return parse(text, path, {key: ENTRIES[key] for key in keys})
+def read_arguments(folder):
+    """Return the arguments in a run's args.json, a dict."""
+    path = Path(folder) / "args.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py")
+    return parse(path.read_bytes(), path, {"arguments": ARGUMENTS})["arguments"]
 
 
 def read_log(folder):
-    """Return the rows of a run's log.jsonl, a list of dicts; a torn last line is left out."""
-    path = Path(folder) / "log.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a run folder's log, found none")
-    rows = []
+    """Return the rows of a run's log.jsonl, a list of dicts; a torn last line is left out.
+
+    A run that was stopped before its first row has no log yet: [].
+    """
+    path, rows = Path(folder) / "log.jsonl", []
+    if not path.exists():
+        return rows
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         row = parse(line, f"{path}:{number}", {"kind": str, "step": NUMBER})
         rows.append(check(row, f"{path}:{number}", MEASURED if row["kind"] == "eval" else dict))

@@ -557,9 +557,8 @@ def identifier():
 
 def read_run(folder):
     """Return (arguments, evaluation rows) of a run folder."""
-    arguments = data.read_json(Path(folder) / "args.json", "arguments")["arguments"]
-    rows = [row for row in data.read_log(folder) if row["kind"] == "eval"]
-    return argparse.Namespace(**arguments), rows
+    arguments = argparse.Namespace(**data.read_arguments(folder))
+    return arguments, [row for row in data.read_log(folder) if row["kind"] == "eval"]
 
 
 def mean(values):
@@ -626,9 +625,10 @@ def score_run(folder, args, device, autocast, out=None):
     In the toy world the shipped scores of the usual way stand between them: fine-tuning without
     the regulariser, and the checkpoint that is best on the source language.
     """
-    if not (folder / "selected.json").is_file():
+    path = folder / "selected.json"
+    if not path.is_file():
         choose_checkpoint(folder)
-    step = data.read_json(folder / "selected.json", "step")["step"]
+    step = data.parse(path.read_bytes(), path, {"step": data.NUMBER})["step"]
     systems = {"base": score_checkpoint(folder / "step_000000.pt", args, device, autocast)}
     systems |= usual_way(args)
     systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", args, device, autocast)

@@ -775,11 +775,11 @@ def convert(source, target, trim=()):
     embedding and head. Raises FileNotFoundError, ValueError.
     """
     source = Path(source)
-    if not source.is_dir():
-        raise FileNotFoundError(f"{source}: expected a folder with config.json, weights, "
+    path = source / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a folder with config.json, weights, "
                                 "spiece.model, found none")
-    settings = read_json(source / "config.json")
-    published = read_weights(source)
+    settings, published = parse(path.read_bytes(), path), read_weights(source)
     config = infer_config(settings, published, source)
     ignored = set_aside(published, settings, source)
     names = published_names(config)
@@ -881,37 +881,31 @@ def read_lines(paths):
                             if isinstance(text, str))
 
 
-def read_json(path, form=dict):
-    """Return the JSON object in the file at path, of that form."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a JSON file, found none")
-    return parse(path.read_bytes(), path, form)
-
-
 def read_weights(folder):
     """Return {published name: tensor} from a hub folder's weights, whole or in shards."""
     for name in ("model.safetensors", "model.safetensors.index.json",
                  "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if (folder / name).is_file():
+        path = folder / name
+        if path.is_file():
             break
     else:
         raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin, or "
                                 "the .index.json of either, found none")
     shards = [name]
-    if name.endswith(".json"):
-        shards = read_json(folder / name, {"weight_map": {str: str}})["weight_map"]
-        if not all(Path(shard).name == shard for shard in shards.values()):
-            raise ValueError(f"{folder / name}: expected weight_map to name each tensor's file")
-        shards = sorted(set(shards.values()))
+    if path.suffix == ".json":
+        files = parse(path.read_bytes(), path, {"weight_map": {str: str}})["weight_map"]
+        shards = sorted(set(files.values()))
+        if not all(Path(shard).name == shard for shard in shards):
+            raise ValueError(f"{path}: expected weight_map to name each tensor's file")
     weights = {}
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise FileNotFoundError(f"{folder / shard}: expected by {name}, found none")
-        read = read_safetensors if shard.endswith(".safetensors") else read_pickle
-        part = check_tensors(read(folder / shard), folder / shard)
+    for path in (folder / shard for shard in shards):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: expected by {name}, found none")
+        read = read_safetensors if path.suffix == ".safetensors" else read_pickle
+        part = check_tensors(read(path), path)
         if twice := part.keys() & weights.keys():
-            raise ValueError(f"{folder / shard}: expected each tensor once, found {min(twice)} "
-                             "in another shard too")
+            raise ValueError(f"{path}: expected each tensor once, found {min(twice)} in another "
+                             "shard too")
         weights.update(part)
     return weights
 

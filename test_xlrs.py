@@ -2006,10 +2006,11 @@ def seeds(tmp_path_factory, pieces):
         **dict.fromkeys(["a.jsonl", "a.tsv", "a.csv"], data.read_pairs),
         "newstest2019-ref.deu.txt": data.read_lines,
         "runs.json": lambda path: scoring.compare([path]),
-        "args.json": lambda path: data.read_json(path, "arguments"),
-        "selected.json": lambda path: data.read_json(path, "step"),
+        "args.json": lambda path: data.read_arguments(path.parent),
+        "selected.json": lambda path: data.parse(path.read_bytes(), path, {"step": data.NUMBER}),
         "log.jsonl": lambda path: data.read_log(path.parent),
-        "config.json": lambda path: mt5.infer_config(mt5.read_json(path), hub, path.parent),
+        "config.json": lambda path: mt5.infer_config(
+            data.parse(path.read_bytes(), path), hub, path.parent),
         "spiece.model": lambda path: mt5.read_tokenizer(path, config).encode("ab ก ﬁ\0"),
         "x.pt": load, "new.bin": mt5.read_pickle, "old.bin": mt5.read_pickle,
         "x.safetensors": mt5.read_safetensors, "table.bin": scoring.read_table}

@@ -373,12 +373,11 @@ class Run:
 
     def compare_arguments(self):
         """Raise ValueError where the arguments are not those of the run that goes on."""
-        path = self.folder / "args.json"
-        old, new = data.read_json(path, "arguments")["arguments"], vars(self.args)
+        old, new = data.read_arguments(self.folder), vars(self.args)
         for name in sorted(set(old) | set(new)):
             if old.get(name) != new.get(name) and name not in ("resume", "out", "device"):
-                raise ValueError(f"{path}: --{name.replace('_', '-')} was {old.get(name)}, now it "
-                                 f"is {new.get(name)}; resume with the same arguments")
+                raise ValueError(f"{self.folder}: --{name.replace('_', '-')} was {old.get(name)}, "
+                                 f"now it is {new.get(name)}; resume with the same arguments")
 
     def resume(self):
         """Restore the last checkpoint, if there is one yet, and cut the log off after it."""
@@ -395,8 +394,8 @@ class Run:
                                  "from the one before") from None
         if self.rank > 0:
             return
-        rows = [row for row in data.read_log(self.folder) if row["step"] <= self.done] \
-            if self.log_path.exists() and found else []
+        rows = data.read_log(self.folder) if found else []
+        rows = [row for row in rows if row["step"] <= self.done]
         self.measured = {row["step"] for row in rows if row["kind"] == "eval"}
         data.write_file(self.log_path, "".join(json.dumps(row) + "\n" for row in rows))
         for left_by_a_kill in self.folder.glob(".*.tmp"):
