@@ -972,25 +972,15 @@ def compare(paths, out=None):
 # Command line -------------------------------------------------------------------------------------
 
 
-def whole(least, most=math.inf):
-    """Return an argparse type: an integer in [least, most]."""
+def bounded(kind, least, most=math.inf):
+    """Return an argparse type: a finite number in [least, most]; kind: int or float."""
     def convert(text):
-        if not least <= int(text) <= most:
-            limit = f"at least {least}" if int(text) < least else f"at most {most}"
-            raise argparse.ArgumentTypeError(f"expected {limit}, found {text}")
-        return int(text)
-    convert.__name__ = "whole number"
-    return convert
-
-
-def real(least, most=math.inf):
-    """Return an argparse type: a finite number in [least, most]."""
-    def convert(text):
-        if not (least <= float(text) <= most and math.isfinite(float(text))):
-            raise argparse.ArgumentTypeError(f"expected a number from {least} to {most}, "
-                                             f"found {text}")
-        return float(text)
-    convert.__name__ = "number"
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            limit = f"at most {most}" if value > most else f"at least {least}"
+            raise argparse.ArgumentTypeError(f"expected a finite number, {limit}, found {text}")
+        return value
+    convert.__name__ = "whole number" if kind is int else "number"
     return convert
 
 
@@ -1015,8 +1005,9 @@ def parse_args(argv=None):
     model.add_argument("--test", nargs="+", metavar="TEXT", help="test pairs")
     model.add_argument("--parallel", nargs="+", metavar="TEXT", help="parallel text, for XLRS")
     model.add_argument("--fields", metavar="SOURCE,TARGET", help="column names in files")
-    model.add_argument("--test-size", type=whole(1), metavar="N", help="test texts a language")
-    model.add_argument("--num-beams", type=whole(1), metavar="N", help="beams in generation")
+    model.add_argument("--test-size", type=bounded(int, 1), metavar="N",
+                       help="test texts a language")
+    model.add_argument("--num-beams", type=bounded(int, 1), metavar="N", help="beams in generation")
     model.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
     model.add_argument("--dtype", type=precision, metavar="float32|bfloat16",
                        help="precision of the matrix products (default as in train.py)")

@@ -55,17 +55,17 @@ def parse_args(argv=None):
     task.add_argument("--parallel", nargs="+", metavar="TEXT",
                       help="parallel text, for XLRS and the regulariser: aligned lines, a file a "
                            "language, first the source (default, toy: every toy language)")
-    task.add_argument("--train-size", type=scoring.whole(1), metavar="N",
+    task.add_argument("--train-size", type=scoring.bounded(int, 1), metavar="N",
                       help="training pairs a language (default: all of a file, 4000 toy stories)")
-    task.add_argument("--test-size", type=scoring.whole(1), metavar="N",
+    task.add_argument("--test-size", type=scoring.bounded(int, 1), metavar="N",
                       help="test texts a language (default: all of a file, 200 toy stories)")
     task.add_argument("--fields", metavar="SOURCE,TARGET", default="source,target",
                       help="column names in JSONL, TSV and CSV files (default source,target)")
-    task.add_argument("--max-source", type=scoring.whole(2), default=512, metavar="N",
+    task.add_argument("--max-source", type=scoring.bounded(int, 2), default=512, metavar="N",
                       help="longest source in tokens; longer ones are cut (default 512)")
-    task.add_argument("--max-target", type=scoring.whole(2), metavar="N",
+    task.add_argument("--max-target", type=scoring.bounded(int, 2), metavar="N",
                       help="longest target in tokens, also in generation (default 64, toy 32)")
-    task.add_argument("--num-beams", type=scoring.whole(1), default=1, metavar="N",
+    task.add_argument("--num-beams", type=scoring.bounded(int, 1), default=1, metavar="N",
                       help="beams in generation (default 1: greedy)")
     model = parser.add_argument_group("model")
     model.add_argument("--init", metavar="CHECKPOINT",
@@ -74,47 +74,49 @@ def parse_args(argv=None):
                             "--pretrain new)")
     model.add_argument("--size", choices=["toy", *SIZES], default="toy",
                        help="size of a new model (default toy)")
-    model.add_argument("--vocab-size", type=scoring.whole(500), default=3200, metavar="N",
+    model.add_argument("--vocab-size", type=scoring.bounded(int, 500), default=3200, metavar="N",
                        help="pieces of a new vocabulary (default 3200)")
     method = parser.add_argument_group("method")
-    method.add_argument("--reg", type=scoring.real(0), default=0.0, metavar="λ",
+    method.add_argument("--reg", type=scoring.bounded(float, 0), default=0.0, metavar="λ",
                         help="weight of the regulariser, cosine per nat (default 0: none)")
-    method.add_argument("--reg-floor", type=scoring.real(-1, 1), default=scoring.FLOOR,
+    method.add_argument("--reg-floor", type=scoring.bounded(float, -1, 1), default=scoring.FLOOR,
                         metavar="COSINE", help="similarity that is low enough, for the "
                         "regulariser and for choosing (default 0.3; -1: no floor)")
-    method.add_argument("--reg-batch", type=scoring.whole(1), default=8, metavar="N",
+    method.add_argument("--reg-batch", type=scoring.bounded(int, 1), default=8, metavar="N",
                         help="parallel sentences a step, each in every language (default 8)")
     method.add_argument("--freeze", nargs="+", choices=PARTS, default=[], metavar="PART",
                         help=f"parts that do not learn: {', '.join(PARTS)} (default none)")
     method.add_argument("--mix", nargs="+", default=[], metavar="TEXT",
                         help="unlabelled text mixed in as span corruption: LANG for toy pages, or "
                              "LANG=FILE of lines (default none)")
-    method.add_argument("--mix-share", type=scoring.real(0, 1), default=0.25, metavar="SHARE",
+    method.add_argument("--mix-share", type=scoring.bounded(float, 0, 1), default=0.25,
+                        metavar="SHARE",
                         help="share of examples that are of --mix (default 0.25)")
     method.add_argument("--pretrain", action="store_true",
                         help="span corruption instead of a task; --train names the text")
-    method.add_argument("--bilingual", type=scoring.real(0, 1), default=0.5, metavar="SHARE",
+    method.add_argument("--bilingual", type=scoring.bounded(float, 0, 1), default=0.5,
+                        metavar="SHARE",
                         help="share of bilingual pages in toy pre-training (default 0.5)")
     steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--lr", type=scoring.real(0), metavar="LR",
+    steps.add_argument("--lr", type=scoring.bounded(float, 0), metavar="LR",
                        help="AdamW's learning rate (default 5e-4, with --pretrain 2e-3; 1e-4 is "
                             "usual for mT5-small)")
-    steps.add_argument("--steps", type=scoring.whole(1), metavar="N",
+    steps.add_argument("--steps", type=scoring.bounded(int, 1), metavar="N",
                        help="updates (default 100, with --pretrain 12000)")
-    steps.add_argument("--warmup", type=scoring.whole(0), default=20, metavar="N",
+    steps.add_argument("--warmup", type=scoring.bounded(int, 0), default=20, metavar="N",
                        help="steps of linear warm-up (default 20)")
-    steps.add_argument("--batch-size", type=scoring.whole(1), default=32, metavar="N",
+    steps.add_argument("--batch-size", type=scoring.bounded(int, 1), default=32, metavar="N",
                        help="pairs a step (default 32)")
-    steps.add_argument("--dropout", type=scoring.real(0, 0.99), metavar="P",
+    steps.add_argument("--dropout", type=scoring.bounded(float, 0, 0.99), metavar="P",
                        help="dropout in training, a probability (default that of the checkpoint)")
-    steps.add_argument("--seed", type=scoring.whole(0, 2**63 - 1), default=0, metavar="N",
+    steps.add_argument("--seed", type=scoring.bounded(int, 0, 2**63 - 1), default=0, metavar="N",
                        help="of all that is random (default 0)")
     run = parser.add_argument_group("run")
-    run.add_argument("--eval-every", type=scoring.whole(1), metavar="N",
+    run.add_argument("--eval-every", type=scoring.bounded(int, 1), metavar="N",
                      help="steps between checkpoints (default: a tenth of --steps)")
-    run.add_argument("--eval-size", type=scoring.whole(1), default=100, metavar="N",
+    run.add_argument("--eval-size", type=scoring.bounded(int, 1), default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default 100)")
-    run.add_argument("--keep", type=scoring.whole(1), metavar="N",
+    run.add_argument("--keep", type=scoring.bounded(int, 1), metavar="N",
                      help="keep the last N checkpoints, the base and the best (default all)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
