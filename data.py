@@ -227,7 +227,7 @@ def describe(form):
             str: "text on one line", torch.Tensor: "a tensor", None: "null"}[kind]
 
 
-def whole(text, where):
+def check_text(text, where):
     """Return text; raises ValueError if half of a surrogate pair is in it."""
     if HALF.search(text):
         raise ValueError(f"{where}: expected text, found half of a surrogate pair; mend or remove "
@@ -237,11 +237,7 @@ def whole(text, where):
 
 def each_line(path):
     """Yield the lines of a UTF-8 text file, split at line feeds alone, without `\r`."""
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise FileNotFoundError(f"{path}: {error.strerror}; expected a UTF-8 text file") from None
-    with file:
+    with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             try:
@@ -283,7 +279,7 @@ def read_pairs(path, fields=("source", "target")):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{path}:{line}: expected text in {field!r}, found {brief(text)}; "
                                  "mend or remove this line")
-            whole(text, f"{path}:{line}")
+            check_text(text, f"{path}:{line}")
         pairs.append(tuple(pair))
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found only a header")

@@ -25,7 +25,7 @@ from xlrs import choose, pool, spearman, xlrs
 
 FLOOR = 0.3  # the default of --reg-floor, a cosine
 LONG = 10_000  # texts from which a progress bar is shown
-LID = Path(__file__).parent / "toy" / "lid.bin"
+LID = data.TOY / "lid.bin"
 
 # ROUGE-L ------------------------------------------------------------------------------------------
 
@@ -1037,8 +1037,6 @@ def parse_args(argv=None):
 def score_model(args):
     """Score the run or the checkpoint that args.model names."""
     path = Path(args.model)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a run folder or a checkpoint, found neither")
     toy = data.TOY_LANGUAGES
     known = (vars(read_run(path)[0]) if path.is_dir() else
              dict(task="completion", train=["en"], test=toy, parallel=toy, fields="source,target",
@@ -1064,8 +1062,7 @@ def score_files(args):
     if len(outputs) != len(references):
         raise ValueError(f"expected as many lines in {args.ref} as in {args.hyp}, found "
                          f"{len(references)} and {len(outputs)}")
-    scores = score(outputs, references, args.lang, args.source, LanguageIdentifier(),
-                   args.candidates)
+    scores = score(outputs, references, args.lang, args.source, identifier(), args.candidates)
     table([[args.lang, *scores.values()]], ["language", *scores])
     print(f"tokens of ROUGE-L: {TOKENS}")
     print(json.dumps({args.lang: scores}))

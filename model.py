@@ -27,7 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, each_line, parse, whole, write_file)
+from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, check_text, each_line, parse,
+                  write_file)
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
 
@@ -712,7 +713,7 @@ def read_pickle(path):
             refuse_bomb(file, zipped)
         with warnings.catch_warnings(action="ignore"):  # of the pickle's age
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a broken file can fail in any way, and each is the file's fault
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -788,7 +789,7 @@ def convert(source, target, trim=()):
     tokenizer = read_tokenizer(source / "spiece.model", config)
     weights = {ours: published[theirs].float() for ours, theirs in names.items()}
     if trim:
-        kept = tokenizer.needed(read_lines(trim))
+        kept = tokenizer.needed(each_text(trim))
         print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces, and of "
               f"{config.vocab_size:,} rows of embedding and head, are kept")
         try:
@@ -869,7 +870,7 @@ def check_tokenizer(tokenizer, config):
     return tokenizer
 
 
-def read_lines(paths):
+def each_text(paths):
     """Yield the lines of UTF-8 text files; of .jsonl files the strings in each line."""
     for path in map(Path, paths):
         for number, line in enumerate(each_line(path), start=1):
@@ -877,7 +878,7 @@ def read_lines(paths):
                 yield line
             elif line.strip():
                 where = f"{path}:{number}"
-                yield from (whole(text, where) for text in parse(line, where).values()
+                yield from (check_text(text, where) for text in parse(line, where).values()
                             if isinstance(text, str))
 
 
@@ -899,8 +900,6 @@ def read_weights(folder):
             raise ValueError(f"{path}: expected weight_map to name each tensor's file")
     weights = {}
     for path in (folder / shard for shard in shards):
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: expected by {name}, found none")
         read = read_safetensors if path.suffix == ".safetensors" else read_pickle
         part = check_tensors(read(path), path)
         if twice := part.keys() & weights.keys():

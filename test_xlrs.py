@@ -884,7 +884,7 @@ def test_text_to_trim_by_is_refused_with_its_line(tmp_path):
                        ("a.jsonl", b"[1]")):
         (tmp_path / name).write_bytes(b'{"a": "b"}\n' + line)
         with pytest.raises(ValueError) as error:
-            list(mt5.read_lines([tmp_path / name]))
+            list(mt5.each_text([tmp_path / name]))
         one_line(error, f"{tmp_path / name}:2")
 
 
