@@ -710,7 +710,8 @@ def read_pickle(path):
     try:
         zipped = zipfile.is_zipfile(path)
         with open(path, "rb") as file:
-            refuse_bomb(file, zipped)
+            if swells(file, zipped):
+                raise ValueError("takes more memory than the file")
         with warnings.catch_warnings(action="ignore"):  # of the pickle's age
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (FileNotFoundError, PermissionError):
@@ -722,22 +723,19 @@ def read_pickle(path):
                          f"{found}; fetch or convert it again") from None
 
 
-def refuse_bomb(file, zipped):
-    """Raise ValueError where torch.load could fill more memory than the open file has bytes.
+def swells(file, zipped):
+    """Return whether torch.load could fill more memory than the open file has bytes.
 
     torch.save neither compresses nor, for tensors, asks for a bytearray; torch.load, even with
     weights_only=True, unpacks whatever is compressed and makes a bytearray of any length.
     """
     bomb = b"\nbytearray\n"  # the end of a pickle's GLOBAL
     if not zipped:
-        found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(bomb) >= 0
-    else:
-        archive = zipfile.ZipFile(file)
-        found = (sum(part.file_size for part in archive.infolist()) > file.seek(0, 2)
-                 or any(bomb in archive.read(part) for part in archive.infolist()
-                        if part.filename.lower().endswith(".pkl")))
-    if found:
-        raise ValueError("expected tensors, found what takes more memory than the file")
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(bomb) >= 0
+    archive = zipfile.ZipFile(file)
+    return (sum(part.file_size for part in archive.infolist()) > file.seek(0, 2)
+            or any(bomb in archive.read(part) for part in archive.infolist()
+                   if part.filename.lower().endswith(".pkl")))
 
 
 # Conversion from and to the hub's folders: config.json, weights, spiece.model.
@@ -934,24 +932,21 @@ def read_safetensors(path):
     whole_number = range(2**48)
     check(header, path, {str: {"dtype": str, "shape": ([whole_number], []),
                                "data_offsets": [whole_number]}})
-    entries = []
-    for name, entry in header.items():
-        if (entry["dtype"] not in DTYPES or len(entry["data_offsets"]) != 2
-                or math.prod(filter(None, entry["shape"][:9])) > size or len(entry["shape"]) > 8):
-            raise fault(f"one of {' '.join(DTYPES)}, at most 8 sizes and 2 offsets, found "
-                        f"{brief(name)}: {brief(entry)}")
-        entries.append((*entry["data_offsets"], name, DTYPES[entry["dtype"]], entry["shape"]))
-    entries.sort(key=lambda entry: entry[:2])
     tensors, at = {}, 0
-    for begin, end, name, dtype, shape in entries:
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, offsets = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
+        if not dtype or len(shape) > 8 or math.prod(filter(None, shape)) > size:
+            raise fault(f"one of {' '.join(DTYPES)} and at most 8 sizes, found {brief(name)}: "
+                        f"{brief(entry)}")
         count = math.prod(shape)
-        if begin != at or end - begin != count * dtype.itemsize or start + end > size:
-            raise fault(f"{brief(name)} {shape} at bytes {at} to {at + count * dtype.itemsize} of "
-                        f"{size - start}, found {begin} to {end}")
-        at = end
+        end = at + count * dtype.itemsize
+        if offsets != [at, end] or start + end > size:
+            raise fault(f"{brief(name)} {shape} at bytes {at} to {end} of {size - start}, found "
+                        f"{brief(offsets)}")
         tensors[name] = torch.empty(0, dtype=dtype) if not count else torch.frombuffer(
-            content, dtype=dtype, count=count, offset=start + begin)
+            content, dtype=dtype, count=count, offset=start + at)
         tensors[name] = tensors[name].view(shape)
+        at = end
     if start + at != size:
         raise fault(f"{at} bytes of tensors, found {size - start}")
     return tensors
