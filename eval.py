@@ -430,8 +430,8 @@ def table(rows, header):
 # A model's outputs and its similarity -------------------------------------------------------------
 
 
-def pick_device(device=None, dtype=None):
-    """Return (device, dtype of the matrix products, why), as asked for or the best there is.
+def pick_device(device, dtype):
+    """Return (device, dtype of the matrix products, why), as asked for or, of None, the best.
 
     fp16 is not offered: mT5's activations exceed its range and the loss becomes NaN.
     """
@@ -467,7 +467,7 @@ def in_batches(texts, tokenizer, max_source, size=2**13):
 
 
 @torch.no_grad()
-def sentence_vectors(model, tokenizer, texts, max_source=512):
+def sentence_vectors(model, tokenizer, texts, max_source):
     """Return the pooled encoder states of texts, (N, D) float32."""
     device = next(model.parameters()).device
     vectors = torch.zeros(len(texts), model.config.d_model)
@@ -494,13 +494,14 @@ def language_similarity(vectors, shift=0):
     return dict(zip(list(vectors)[1:], xlrs(pooled).tolist()))
 
 
-def answer(model, tokenizer, texts, max_source=512, max_target=64, num_beams=1, name="answering"):
-    """Return the model's output for each text, a list of str."""
+def answer(model, tokenizer, texts, args, name):
+    """Return the model's output for each text, a list of str; name: the progress bar's."""
     device = next(model.parameters()).device
     outputs = [""] * len(texts)
     with tqdm(total=len(texts), desc=name, unit="text", leave=False) as progress:
-        for places, input_ids, mask in in_batches(texts, tokenizer, max_source):
-            found = model.generate(input_ids.to(device), mask.to(device), max_target, num_beams)
+        for places, input_ids, mask in in_batches(texts, tokenizer, args.max_source):
+            found = model.generate(input_ids.to(device), mask.to(device), args.max_target,
+                                   args.num_beams)
             for place, ids in zip(places, found.tolist()):
                 outputs[place] = tokenizer.decode(ids)
             progress.update(len(places))
@@ -540,8 +541,7 @@ def score_tests(model, tokenizer, tests, args):
     scores, outputs = {}, {}
     for language, pairs in tests.items():
         sources, references = zip(*pairs)
-        outputs[language] = answer(model, tokenizer, sources, args.max_source, args.max_target,
-                                   args.num_beams, f"answering in {language}")
+        outputs[language] = answer(model, tokenizer, sources, args, f"answering in {language}")
         scores[language] = score(outputs[language], references, language, candidates[0],
                                  identifier(), candidates)
     return scores, outputs
@@ -600,15 +600,12 @@ def choose_checkpoint(folder, by=None):
     return row
 
 
-def score_checkpoint(path, args, device, autocast):
+def score_checkpoint(path, tests, args, device, autocast):
     """Return (scores, outputs, XLRS), each {language: …}, of the checkpoint at path.
 
-    args: a run's; they name the test pairs and the parallel text.
+    tests: {language: pairs}; args: a run's, which name the parallel text.
     """
     model, tokenizer = load(path)
-    tests = data.task_pairs(args.test, args, "test", args.test_size)
-    if not tests:
-        raise ValueError("no test pairs; name some with --test LANG=FILE")
     with autocast:
         scores, outputs = score_tests(model.to(device), tokenizer, tests, args)
         similarity = {}
@@ -619,8 +616,8 @@ def score_checkpoint(path, args, device, autocast):
     return scores, outputs, similarity
 
 
-def score_run(folder, args, device, autocast, out=None):
-    """Score a run's base and chosen checkpoint on the test set; print, and write to out or folder.
+def score_run(folder, tests, args, device, autocast, out=None):
+    """Score a run's base and chosen checkpoint on tests; print, and write to out or folder.
 
     In the toy world the shipped scores of the usual way stand between them: fine-tuning without
     the regulariser, and the checkpoint that is best on the source language.
@@ -629,10 +626,10 @@ def score_run(folder, args, device, autocast, out=None):
     if not path.is_file():
         choose_checkpoint(folder)
     step = data.parse(path.read_bytes(), path, {"step": data.NUMBER})["step"]
-    systems = {"base": score_checkpoint(folder / "step_000000.pt", args, device, autocast)}
-    systems |= usual_way(args)
-    systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", args, device, autocast)
-    report(systems, args, step, Path(out or folder))
+    base, ours = (score_checkpoint(folder / f"step_{number:06d}.pt", tests, args, device, autocast)
+                  for number in (0, step))
+    report({"base": base, **usual_way(args), "this run": ours}, tests, args, step,
+           Path(out or folder))
 
 
 COMPARED = ("task", "train", "test", "lr", "steps", "batch_size", "test_size")
@@ -652,13 +649,12 @@ def usual_way(args):
     return {"--reg 0": (content["scores"], content["first_outputs"], content["xlrs"])}
 
 
-def report(systems, args, step, folder):
+def report(systems, tests, args, step, folder):
     """Print systems, {name: (scores, outputs, XLRS)}, side by side; write the last to folder.
 
     scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}, …}; outputs.jsonl: an
     object a test text.
     """
-    tests = data.task_pairs(args.test, args, "test", args.test_size)
     scores, outputs, similarity = list(systems.values())[-1]
     folder.mkdir(parents=True, exist_ok=True)
     data.write_file(folder / "scores.json", json.dumps(
@@ -1045,13 +1041,16 @@ def score_model(args):
     merged = argparse.Namespace(**{**known, **asked})
     device, dtype, _ = pick_device(args.device, args.dtype)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    tests = data.task_pairs(merged.test, merged, "test", merged.test_size)
+    if not tests:
+        raise ValueError("no test pairs; name some with --test LANG=FILE")
     if path.is_dir():
         if args.by:
             choose_checkpoint(path, args.by)
-        score_run(path, merged, device, autocast, args.out)
+        score_run(path, tests, merged, device, autocast, args.out)
     else:
-        system = score_checkpoint(path, merged, device, autocast)
-        report({path.name: system}, merged, None, Path(args.out or "runs/eval"))
+        system = score_checkpoint(path, tests, merged, device, autocast)
+        report({path.name: system}, tests, merged, None, Path(args.out or "runs/eval"))
 
 
 def score_files(args):

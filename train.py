@@ -163,7 +163,7 @@ def train(args):
         print(f"device {device}, {dtype} ({why})")
     torch.manual_seed(args.seed)
     texts = data.load_texts(args)
-    scoring.identifier().choice(data.languages(args))
+    scoring.identifier().choice(data.languages(args))  # ValueError for a language it doesn't know
     model, tokenizer = start(args, texts)
     model.to(device)
     if args.compile:
@@ -224,7 +224,7 @@ def train(args):
     else:
         scoring.choose_checkpoint(run.folder)
         if texts.test:
-            scoring.score_run(run.folder, args, device, autocast)
+            scoring.score_run(run.folder, texts.test, args, device, autocast)
 
 
 class Objective(torch.nn.Module):
