@@ -1,6 +1,6 @@
 """Text to batches: tokenizer, file readers, batches, span corruption, and the toy world.
 
-Shapes: B sentences, S source tokens, T target tokens.
+Shapes: B sentences, S source tokens, T target tokens, L languages.
 """
 
 import configparser
@@ -218,6 +218,7 @@ def misfit(value, form, name):
 
 
 def describe(form):
+    """Return what a form asks for, in words; see `check`."""
     if isinstance(form, tuple):
         return " or ".join(map(describe, form))
     if isinstance(form, range):
@@ -358,7 +359,7 @@ def encode(text, tokenizer, longest):
 
 
 def pad(sequences, value=PAD):
-    """Return (N, longest) int64: sequences filled up with value."""
+    """Return (B, longest) int64: sequences of ids filled up with value."""
     width = max(map(len, sequences))
     return torch.tensor([ids + [value] * (width - len(ids)) for ids in sequences])
 
@@ -413,6 +414,17 @@ def blend(draw, other, share):
         few = round(share * count)
         return draw(group, count - few) + other(group, few)
     return both
+
+
+def parallel_batches(parallel, tokenizer, args, start=0):
+    """Yield (input_ids (L, B, S), mask) for ever, from number start on."""
+    lines = len(next(iter(parallel.values())))
+    for step in itertools.count(start):
+        chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
+        ids = [encode(side[i], tokenizer, args.max_source)
+               for side in parallel.values() for i in chosen]
+        input_ids = pad(ids).unflatten(0, (len(parallel), -1))
+        yield input_ids, input_ids != PAD
 
 
 # Span corruption: mT5's pre-training task.
@@ -520,6 +532,7 @@ def world(language):
 
 
 def lexical_entry(forms, line):
+    """Return the entry of a line of toy/*.ini, see `world`; forms: the names of its columns."""
     entry = dict(zip(forms, line.split(" | "), strict=True))
     agree = "mfn".index(entry.pop("agree", "m"))
     return {**entry, "": next(iter(entry.values())), "agree": agree}
@@ -611,6 +624,7 @@ def page(rng, languages, bilingual):
 
 
 def document(story, language):
+    """Return the story in a language, a list of sentences from its title to its summary."""
     told = tell(story, language)
     return [told["title"] + ".", *told["sentences"], told["ending"], told["summary"]]
 
@@ -657,7 +671,7 @@ def load_texts(args):
     train in pre-training: {language: lines, or None for the toy world}; parallel: {language:
     sentences}, aligned, the source first, to regularise on; held_out: likewise, to measure on.
     """
-    columns(args)
+    columns(args)  # raises ValueError, also where no file will be read
     texts = SimpleNamespace(source=languages(args)[0], mix={}, dev={}, test={}, parallel={},
                             held_out={})
     if args.pretrain:
@@ -757,17 +771,6 @@ def parallel_texts(args):
     held = min(args.eval_size, total // 2)
     return ({lang: side[held:] for lang, side in lines.items()},
             {lang: side[:held] for lang, side in lines.items()})
-
-
-def parallel_batches(parallel, tokenizer, args, start=0):
-    """Yield (input_ids (L, B, S), mask) for ever, from number start on."""
-    lines = len(next(iter(parallel.values())))
-    for step in itertools.count(start):
-        chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
-        ids = [encode(side[i], tokenizer, args.max_source)
-               for side in parallel.values() for i in chosen]
-        input_ids = pad(ids).unflatten(0, (len(parallel), -1))
-        yield input_ids, input_ids != PAD
 
 
 def pages(train, bilingual):

@@ -1,6 +1,7 @@
 """The two metrics, ROUGE-L and the language of an output, and a tool that applies them to files.
 
-Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages, G n-grams.
+Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages, C letters of all
+texts, G n-grams; of the identifier's table, M known buckets; D width of the encoder.
 """
 
 import argparse
@@ -310,7 +311,7 @@ TABLE = {"format": str, "rows": data.NUMBER, "cells": data.NUMBER, "letters": [d
 
 
 def read_table(path):
-    """Return (columns, buckets (R,), cells a bucket (R,), column, count code (cells,), letters).
+    """Return (columns, buckets (M,), cells a bucket (M,), column, count code (cells,), letters).
 
     The file: a line of JSON, then zlib-compressed bytes: a bit for each bucket, set where it is
     known; for each known bucket its number of cells, one for each column that showed it; then each
@@ -549,6 +550,7 @@ def score_tests(model, tokenizer, tests, args):
 
 @functools.cache
 def identifier():
+    """Return the shipped identifier, loaded once."""
     return LanguageIdentifier()
 
 
@@ -1054,6 +1056,7 @@ def score_model(args):
 
 
 def score_files(args):
+    """Score the outputs in the file args.hyp against the references in args.ref; print."""
     outputs, references = data.read_lines(args.hyp), data.read_lines(args.ref)
     identifier().choice([args.lang, args.source])
     if args.candidates and args.lang not in args.candidates:

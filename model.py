@@ -274,15 +274,18 @@ class DecoderLayer(nn.Module):
         self.feed_forward_norm = Norm(config)
         self.dropout = Dropout(config.dropout_rate)
 
-    def forward(self, x, target, bias, source, source_bias, cache=None, t=None):
-        """Return (N, D) from x (N, D), the target's real tokens, or, with a cache, those at t."""
+    def forward(self, x, target, bias, source_kv, source_bias, cache=None, t=None):
+        """Return (N, D) from x (N, D), the target's real tokens, or, with a cache, those at t.
+
+        target: their places; source_kv: the source's keys and values, of this layer's cross.
+        """
         own = self.attention_norm(x)
         if cache is None:
             own = self.attention(own, target, bias)
         else:
             own = self.attention.step(own, bias, cache, t)
         x = x + self.dropout(own)
-        x = x + self.dropout(self.cross(self.cross_norm(x), target, source, source_bias))
+        x = x + self.dropout(self.cross(self.cross_norm(x), target, source_kv, source_bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -330,10 +333,10 @@ class CrossAttention(Attention):
         """Return keys and values of the source, each (B, H, S, K), from its packed states."""
         return [split(source.pad(part(states)), self.heads) for part in (self.k, self.v)]
 
-    def forward(self, x, target, source, bias):
-        """Return (N, D) from x (N, D), places in target, source keys and values, (B, 1, 1, S)."""
+    def forward(self, x, target, source_kv, bias):
+        """Return (N, D) from x (N, D), the target's places, keys_values(), bias (B, 1, 1, S)."""
         q = split(target.pad(self.q(x)), self.heads)
-        return self.o(target.pack(attend(q, *source, bias, self.dropout)))
+        return self.o(target.pack(attend(q, *source_kv, bias, self.dropout)))
 
 
 def split(x, heads):
@@ -485,7 +488,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Memory:
-    """What the decoder remembers from token to token, for N beams of each of B sentences.
+    """The key-value cache of generation, token by token, for N beams of each of B sentences.
 
     Keys and values of the source are computed once and shared by a sentence's beams; those of the
     target stand in caches that have their full length from the start.
@@ -497,18 +500,20 @@ class Memory:
         self.source_bias = hide(states.new_zeros(()), mask[:, None, None, :])  # (B, 1, 1, S)
         source = Tokens(mask)
         states = source.pack(states)
-        self.source = torch.stack([torch.stack(layer.cross.keys_values(states, source))
-                                   for layer in model.decoder.layers])  # (layers, 2, B, H, S, K)
-        layers, _, sentences, heads, _, width = self.source.shape
-        self.cache = self.source.new_empty(layers, 2, sentences * num_beams, heads, length, width)
+        self.source_kv = torch.stack([
+            torch.stack(layer.cross.keys_values(states, source))
+            for layer in model.decoder.layers])  # (layers, 2, B, H, S, K)
+        layers, _, sentences, heads, _, width = self.source_kv.shape
+        self.cache = self.source_kv.new_empty(
+            layers, 2, sentences * num_beams, heads, length, width)
 
     def step(self, tokens):
         """Return the scores of what follows tokens, (B, N, V) from (B, N): one step on."""
         target = Tokens(torch.ones_like(tokens, dtype=torch.bool))
         x = target.pack(self.model.embedding(tokens))
         bias = self.bias[:, :, self.t:self.t + 1, :self.t + 1]
-        for layer, source, cache in zip(self.model.decoder.layers, self.source, self.cache):
-            x = layer(x, target, bias, source, self.source_bias, cache, self.t)
+        for layer, source_kv, cache in zip(self.model.decoder.layers, self.source_kv, self.cache):
+            x = layer(x, target, bias, source_kv, self.source_bias, cache, self.t)
         self.t += 1
         return target.pad(self.model.head(self.model.decoder.norm(x)))
 
@@ -518,7 +523,8 @@ class Memory:
         Only rows that move are copied, and only as far as they are filled.
         """
         if not going.all():
-            self.source, self.source_bias = self.source[:, :, going], self.source_bias[going]
+            self.source_kv = self.source_kv[:, :, going]
+            self.source_bias = self.source_bias[going]
         moved = (parents != torch.arange(len(parents), device=parents.device)).nonzero()[:, 0]
         self.cache[:, :, moved, :, :self.t] = self.cache[:, :, parents[moved], :, :self.t]
         self.cache = self.cache[:, :, :len(parents)]

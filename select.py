@@ -5,7 +5,8 @@ to RUN/selected.json. With `--plot FILE` it also draws XLRS and what goes with i
 """
 
 # A script's folder comes first on sys.path, so when torch's imports reach Python's own module
-# `select` they find this file. Under that name we load the compiled module and step aside.
+# `select` they find this file. Under that name we load the compiled module and step aside; that
+# is also why the functions below import what they need themselves.
 if __name__ == "select":
     import sys
     from importlib import machinery, util

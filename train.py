@@ -180,8 +180,8 @@ def train(args):
     parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, run.done)
                         if args.reg else itertools.repeat(None))
 
-    def look():
-        """Measure the present checkpoint, if one is due that the log lacks."""
+    def measure_if_due():
+        """Save and measure the present checkpoint, if one is due that the log lacks."""
         if run.lacks_measurement():
             run.save()
             run.log(kind="eval", step=run.done,
@@ -189,7 +189,7 @@ def train(args):
             run.remove_old_checkpoints()
 
     with interruptible(run):
-        look()
+        measure_if_due()
         steps = tqdm(range(run.done + 1, args.steps + 1), initial=run.done, total=args.steps,
                      desc="training", disable=rank > 0)
         for step, pairs, parallel in zip(steps, pair_batches, parallel_batches):
@@ -215,7 +215,7 @@ def train(args):
                         xlrs=similarity if args.reg else None,
                         tokens_per_s=int(pairs[1].sum() / (time.perf_counter() - began)))
             steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            look()
+            measure_if_due()
     if rank > 0:
         return
     if args.pretrain:
@@ -585,6 +585,7 @@ def main(argv=None):
 
 
 def fail(message, code=2):
+    """End the process with the message and exit code; 2 is a user's mistake."""
     print(f"train.py: {message}", file=sys.stderr)
     raise SystemExit(code) from None
 

@@ -1,9 +1,9 @@
-"""The paper in six functions: similarity, regulariser, checkpoint rule, rank correlation.
+"""The paper as functions: similarity, XLRS, regulariser, checkpoint rule, rank correlation.
 
 Tianjian Li and Kenton Murray, "Why Does Zero-Shot Cross-Lingual Generation Fail? An Explanation
 and a Solution", Findings of ACL 2023. What is marked "ours" is a choice of this implementation.
 
-Shapes: B sentences, S tokens, D width of the encoder, L languages.
+Shapes: B sentences, S tokens, D width of the encoder, L languages, N points of a correlation.
 """
 
 import math
