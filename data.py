@@ -195,12 +195,7 @@ def misfit(value, form, name):
     if isinstance(form, tuple):
         faults = [misfit(value, one, name) for one in form]
         return faults[0] if all(faults) else ""
-    kind = form if isinstance(form, type) else int if isinstance(form, range) else type(form)
-    if (not isinstance(value, (float, int) if kind is float else kind) or isinstance(value, bool)
-            or kind is str and CONTROL.search(value)
-            or kind in (int, float) and 2**63 <= abs(value) < math.inf
-            or isinstance(form, range) and value not in form
-            or isinstance(form, list) and bool(form) != bool(value)):
+    if not fits(value, form):
         return f"{describe(form)}{name and f' as {name}'}, found {brief(value)}"
     inside = name and name + "."
     parts = []
@@ -215,6 +210,19 @@ def misfit(value, form, name):
         elif not key.endswith("?"):
             return f"{describe(inner)} as {inside}{key}, found none"
     return next(filter(None, (misfit(*part) for part in parts)), "")
+
+
+def fits(value, form):
+    """Return whether value is of a form, not tuple, as far as can be told from outside."""
+    if isinstance(form, list):
+        return isinstance(value, list) and bool(value) == bool(form)
+    if isinstance(form, range):
+        return type(value) is int and value in form
+    if form is float:
+        return type(value) in (int, float) and not 2**63 <= abs(value) < math.inf
+    if form is str:
+        return isinstance(value, str) and not CONTROL.search(value)
+    return isinstance(value, form if isinstance(form, type) else type(form))
 
 
 def describe(form):
@@ -384,27 +392,29 @@ def encode_pair(pair, tokenizer, args):
 def batches(draw, batch_size, seed, start=0):
     """Yield batches for ever, from number start on; batch k depends on seed and k alone.
 
-    draw(group, count) returns count examples; a group of eight batches is sorted by length, so
-    that a batch has little padding, and its batches are shuffled.
+    draw(group, count) returns the count examples of a group, eight batches: these are sorted by
+    length, so that a batch has little padding, and the batches are shuffled.
     """
-    size = 8
-    for group in itertools.count(start // size):
-        examples = sorted(draw(group, size * batch_size), key=lambda pair: len(pair[0]))
-        order = np.random.default_rng([seed, group]).permutation(size)
-        skip = start % size if group == start // size else 0
-        for k in order[skip:]:
+    first, skip = divmod(start, 8)
+    for group in itertools.count(first):
+        examples = sorted(draw(group, 8 * batch_size), key=lambda pair: len(pair[0]))
+        order = np.random.default_rng([seed, group]).permutation(8)
+        for k in order[skip:] if group == first else order:
             yield collate(examples[k * batch_size:(k + 1) * batch_size])
 
 
-def epochs(pairs, encode, seed):
-    """Return a draw function for `batches`: passes over all pairs, each in a new order."""
+def epochs(pairs, example_of, seed):
+    """Return a draw function for `batches`: passes over all pairs, each in a new order.
+
+    example_of(pair) returns its (source ids, target ids).
+    """
     @functools.lru_cache(maxsize=2)
     def order(epoch):
         return np.random.default_rng([seed, epoch, 1]).permutation(len(pairs))
 
     def draw(group, count):
         places = range(group * count, (group + 1) * count)
-        return [encode(pairs[order(i // len(pairs))[i % len(pairs)]]) for i in places]
+        return [example_of(pairs[order(i // len(pairs))[i % len(pairs)]]) for i in places]
     return draw
 
 
@@ -728,13 +738,13 @@ def task_pairs(words, args, split, count, seed=1):
 
     count None: a file whole; of the toy world 4,000 stories to train on, else 200.
     """
-    pairs, told = {}, 4000 if split == "train" else 200
+    pairs, toy_count = {}, count or (4000 if split == "train" else 200)
     for language, path in by_language(words).items():
         if path:
             pairs[language] = read_pairs(path, columns(args))[:count]
         else:
             pairs[language] = [toy_pair(story, language, args.task)
-                               for story in stories(split, count or told, seed)]
+                               for story in stories(split, toy_count, seed)]
     return pairs
 
 
@@ -761,8 +771,8 @@ def parallel_texts(args):
     if len(set(map(bool, paths.values()))) > 1:
         raise ValueError("--parallel: expected toy languages or files, found both")
     if None in paths.values():
-        told = stories("parallel", 300 + args.eval_size)
-        lines = {lang: [toy_pair(story, lang, args.task)[0] for story in told] for lang in paths}
+        drawn = stories("parallel", 300 + args.eval_size)
+        lines = {lang: [toy_pair(story, lang, args.task)[0] for story in drawn] for lang in paths}
     else:
         lines = read_parallel(paths)
     total = len(next(iter(lines.values())))
