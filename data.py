@@ -245,7 +245,7 @@ def check_text(text, where):
 
 
 def each_line(path):
-    """Yield the lines of a UTF-8 text file, split at line feeds alone, without `\r`."""
+    """Yield the lines of a UTF-8 text file, split at line feeds alone, without carriage returns."""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, start=1):
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw

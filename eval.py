@@ -1,4 +1,4 @@
-"""The two metrics, ROUGE-L and the language of an output, and a tool that applies them to files.
+"""The two metrics, ROUGE-L and the language of an output, of files, models and runs.
 
 Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages, C letters of all
 texts, G n-grams; of the identifier's table, M known buckets; D width of the encoder.
@@ -487,7 +487,7 @@ def vectors_by_language(model, tokenizer, sentences, args):
 def language_similarity(vectors, shift=0):
     """Return XLRS of the source, the first language, with each other: {language: cosine}.
 
-    shift: compare each sentence with the translation of the one so many lines on. What is left
+    shift: compare each sentence with the translation of the one so many lines before. What is left
     between such mismatched pairs is language and format, not meaning.
     """
     source, *others = vectors.values()

@@ -62,11 +62,11 @@ def parse_args(argv=None):
     task.add_argument("--fields", metavar="SOURCE,TARGET", default="source,target",
                       help="column names in JSONL, TSV and CSV files (default source,target)")
     task.add_argument("--max-source", type=scoring.bounded(int, 2), default=512, metavar="N",
-                      help="longest source in tokens; longer ones are cut (default 512)")
+                      help="longest source in tokens; longer ones are cut (default %(default)s)")
     task.add_argument("--max-target", type=scoring.bounded(int, 2), metavar="N",
                       help="longest target in tokens, also in generation (default 64, toy 32)")
     task.add_argument("--num-beams", type=scoring.bounded(int, 1), default=1, metavar="N",
-                      help="beams in generation (default 1: greedy)")
+                      help="beams in generation (default %(default)s: greedy)")
     model = parser.add_argument_group("model")
     model.add_argument("--init", metavar="CHECKPOINT",
                        help="checkpoint to start from, or 'new': random weights and a vocabulary "
@@ -75,15 +75,16 @@ def parse_args(argv=None):
     model.add_argument("--size", choices=["toy", *SIZES], default="toy",
                        help="size of a new model (default toy)")
     model.add_argument("--vocab-size", type=scoring.bounded(int, 500), default=3200, metavar="N",
-                       help="pieces of a new vocabulary (default 3200)")
+                       help="pieces of a new vocabulary (default %(default)s)")
     method = parser.add_argument_group("method")
     method.add_argument("--reg", type=scoring.bounded(float, 0), default=0.0, metavar="λ",
-                        help="weight of the regulariser, cosine per nat (default 0: none)")
+                        help="weight of the regulariser, nats per cosine of 1 (default 0: none)")
     method.add_argument("--reg-floor", type=scoring.bounded(float, -1, 1), default=scoring.FLOOR,
                         metavar="COSINE", help="similarity that is low enough, for the "
-                        "regulariser and for choosing (default 0.3; -1: no floor)")
+                        "regulariser and for choosing (default %(default)s; -1: no floor)")
     method.add_argument("--reg-batch", type=scoring.bounded(int, 1), default=8, metavar="N",
-                        help="parallel sentences a step, each in every language (default 8)")
+                        help="parallel sentences a step, each in every language (default "
+                             "%(default)s)")
     method.add_argument("--freeze", nargs="+", choices=PARTS, default=[], metavar="PART",
                         help=f"parts that do not learn: {', '.join(PARTS)} (default none)")
     method.add_argument("--mix", nargs="+", default=[], metavar="TEXT",
@@ -91,12 +92,12 @@ def parse_args(argv=None):
                              "LANG=FILE of lines (default none)")
     method.add_argument("--mix-share", type=scoring.bounded(float, 0, 1), default=0.25,
                         metavar="SHARE",
-                        help="share of examples that are of --mix (default 0.25)")
+                        help="share of examples that are of --mix (default %(default)s)")
     method.add_argument("--pretrain", action="store_true",
                         help="span corruption instead of a task; --train names the text")
     method.add_argument("--bilingual", type=scoring.bounded(float, 0, 1), default=0.5,
                         metavar="SHARE",
-                        help="share of bilingual pages in toy pre-training (default 0.5)")
+                        help="share of bilingual pages in toy pre-training (default %(default)s)")
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--lr", type=scoring.bounded(float, 0), metavar="LR",
                        help="AdamW's learning rate (default 5e-4, with --pretrain 2e-3; 1e-4 is "
@@ -104,18 +105,18 @@ def parse_args(argv=None):
     steps.add_argument("--steps", type=scoring.bounded(int, 1), metavar="N",
                        help="updates (default 100, with --pretrain 12000)")
     steps.add_argument("--warmup", type=scoring.bounded(int, 0), default=20, metavar="N",
-                       help="steps of linear warm-up (default 20)")
+                       help="steps of linear warm-up (default %(default)s)")
     steps.add_argument("--batch-size", type=scoring.bounded(int, 1), default=32, metavar="N",
-                       help="pairs a step (default 32)")
+                       help="pairs a step (default %(default)s)")
     steps.add_argument("--dropout", type=scoring.bounded(float, 0, 0.99), metavar="P",
                        help="dropout in training, a probability (default that of the checkpoint)")
     steps.add_argument("--seed", type=scoring.bounded(int, 0, 2**63 - 1), default=0, metavar="N",
-                       help="of all that is random (default 0)")
+                       help="of all that is random (default %(default)s)")
     run = parser.add_argument_group("run")
     run.add_argument("--eval-every", type=scoring.bounded(int, 1), metavar="N",
                      help="steps between checkpoints (default: a tenth of --steps)")
     run.add_argument("--eval-size", type=scoring.bounded(int, 1), default=100, metavar="N",
-                     help="sentences a language scored at each checkpoint (default 100)")
+                     help="sentences a language scored at each checkpoint (default %(default)s)")
     run.add_argument("--keep", type=scoring.bounded(int, 1), metavar="N",
                      help="keep the last N checkpoints, the base and the best (default all)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
@@ -176,7 +177,7 @@ def train(args):
         objective = DistributedDataParallel(objective)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     draw = draw_examples(texts, tokenizer, args)
-    pair_batches = data.batches(draw, args.batch_size, args.seed, run.done)
+    batches = data.batches(draw, args.batch_size, args.seed, run.done)
     parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, run.done)
                         if args.reg else itertools.repeat(None))
 
@@ -192,13 +193,13 @@ def train(args):
         measure_if_due()
         steps = tqdm(range(run.done + 1, args.steps + 1), initial=run.done, total=args.steps,
                      desc="training", disable=rank > 0)
-        for step, pairs, parallel in zip(steps, pair_batches, parallel_batches):
+        for step, batch, parallel in zip(steps, batches, parallel_batches):
             began = time.perf_counter()
             model.train()
             torch.manual_seed(seed_of(args.seed, step, rank))  # of this step's dropout
             optimizer.param_groups[0]["lr"] = lr = args.lr * schedule(step, args)
             with autocast:
-                loss, term, similarity = objective(rows_of(pairs, device),
+                loss, term, similarity = objective(rows_of(batch, device),
                                                    rows_of(parallel, device))
             total = loss + args.reg * term
             optimizer.zero_grad()
@@ -207,13 +208,13 @@ def train(args):
             loss, term, similarity, norm = (
                 x.item() for x in (summed(loss), term, similarity, norm))
             if not math.isfinite(loss + norm):
-                run.refuse(step, pairs, loss=loss, norm=norm, lr=lr)
+                run.refuse(step, batch, loss=loss, norm=norm, lr=lr)
             with undisturbed():
                 optimizer.step()
                 run.done = step
                 run.log(kind="train", step=step, loss=loss, reg=term, lr=lr,
                         xlrs=similarity if args.reg else None,
-                        tokens_per_s=int(pairs[1].sum() / (time.perf_counter() - began)))
+                        tokens_per_s=int(batch[1].sum() / (time.perf_counter() - began)))
             steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
             measure_if_due()
     if rank > 0:
@@ -234,21 +235,21 @@ class Objective(torch.nn.Module):
         super().__init__()
         self.model, self.floor = model, floor
 
-    def forward(self, pairs, parallel):
+    def forward(self, batch, parallel):
         """Return (cross-entropy in nats a token, the regulariser's term, XLRS), scalars.
 
-        pairs: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (L, B, S),
+        batch: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (L, B, S),
         mask), the source language first, or None. Of several processes each has its rows; the
         cross-entropy is then this one's share of the mean, the other two are of all rows.
         """
-        count = (pairs[2] != data.IGNORE).sum()
-        loss = self.model(*pairs) * (count / summed(count))
+        count = (batch[2] != data.IGNORE).sum()
+        loss = self.model(*batch) * (count / summed(count))
         if parallel is None:
             return loss, loss.new_zeros(()), loss.new_zeros(())
         input_ids, mask = parallel
-        states = self.model.encode(input_ids.flatten(0, 1), mask.flatten(0, 1))  # (L * B, S, D)
-        pooled = pool(states, mask.flatten(0, 1)).unflatten(0, mask.shape[:2])  # (L, B, D)
-        pooled = gathered(pooled)
+        rows = mask.flatten(0, 1)  # (L * B, S)
+        states = self.model.encode(input_ids.flatten(0, 1), rows)  # (L * B, S, D)
+        pooled = gathered(pool(states, rows).unflatten(0, mask.shape[:2]))  # (L, B, D)
         return loss, regulariser(pooled, self.floor), xlrs(pooled).mean()
 
 
@@ -440,11 +441,11 @@ class Run:
             if int(path.stem.removeprefix("step_")) not in best:
                 path.unlink()
 
-    def refuse(self, step, pairs, lr, **numbers):
+    def refuse(self, step, batch, lr, **numbers):
         """Write the batch of a step that is not finite, and raise ValueError; it was not taken."""
         path = self.folder / "nonfinite.jsonl"
         texts = [{"source": self.tokenizer.decode(source), "target": self.tokenizer.decode(target)}
-                 for source, target in zip(pairs[0].tolist(), pairs[2].tolist())]
+                 for source, target in zip(batch[0].tolist(), batch[2].tolist())]
         if self.rank == 0:
             data.write_file(path, "".join(json.dumps(text) + "\n" for text in texts))
         found = ", ".join(f"{name} {number}" for name, number in numbers.items())
