@@ -31,6 +31,8 @@ from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, check_text, each_li
                   write_file)
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
+# Of weights, under their names in safetensors files.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass
@@ -819,13 +821,13 @@ def infer_config(settings, published, folder):
     if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
         raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' as in "
                          f"mT5, found {brief(settings['feed_forward_proj'])}: not supported")
-    rows = {}  # of the matrices that tell the sizes, and their columns
+    shapes = {}  # of the matrices that tell the sizes
     for name in ("shared.weight", positions, "encoder.block.0.layer.0.SelfAttention.q.weight",
                  "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
         if name not in published or published[name].dim() != 2:
             raise ValueError(f"{folder}: expected the weights of an mT5, found no matrix {name}")
-        rows[name] = tuple(published[name].shape)
-    (vocab_size, d_model), (buckets, heads), (inner, _), (d_ff, _) = rows.values()
+        shapes[name] = published[name].shape
+    (vocab_size, d_model), (buckets, heads), (inner, _), (d_ff, _) = shapes.values()
     depth = [len({name.split(".")[2] for name in published if name.startswith(f"{stack}.block.")})
              for stack in ("encoder", "decoder")]
     other = {name: settings[name] for name in (
@@ -911,9 +913,6 @@ def read_weights(folder):
                              "shard too")
         weights.update(part)
     return weights
-
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_safetensors(path):
