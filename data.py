@@ -164,6 +164,15 @@ def brief(value):
     return " ".join(SHORT.repr(value).split())
 
 
+@contextlib.contextmanager
+def naming(where):
+    """Let a ValueError that is raised inside begin with the file or folder that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
 def parse(text, where, form=dict):
     """Return the JSON value in text, str or bytes; raises ValueError, as `check` does.
 

@@ -593,10 +593,8 @@ def choose_checkpoint(folder, by=None):
     if not rows:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
     by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
-    try:
+    with data.naming(folder):
         row = rows[-1] if by == "last" else best_row(rows, by, args.reg_floor)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
     return row

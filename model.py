@@ -27,8 +27,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, check_text, each_line, parse,
-                  write_file)
+from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, check_text, each_line, naming,
+                  parse, write_file)
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
 # Of weights, under their names in safetensors files.
@@ -798,10 +798,8 @@ def convert(source, target, trim=()):
         kept = tokenizer.needed(each_text(trim))
         print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces, and of "
               f"{config.vocab_size:,} rows of embedding and head, are kept")
-        try:
+        with naming(source / "spiece.model"):
             tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
-        except ValueError as error:
-            raise ValueError(f"{source / 'spiece.model'}: {error}") from None
         for name in ("embedding.weight", "head.weight"):
             weights[name] = weights[name][kept]
     save(target, build(config, weights), tokenizer)
@@ -833,11 +831,9 @@ def infer_config(settings, published, folder):
     other = {name: settings[name] for name in (
         "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon")
         if name in settings}
-    try:
+    with naming(folder):
         return MT5Config(vocab_size, d_model, inner // max(1, heads), d_ff, *depth, heads, buckets,
                          **other)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
 
 
 def set_aside(published, settings, folder):
@@ -862,10 +858,8 @@ def read_tokenizer(path, config):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the SentencePiece model, found none; "
                                 "all mT5 of any size share the one of google/mt5-small")
-    try:
+    with naming(path):
         return check_tokenizer(Tokenizer(path.read_bytes()), config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def check_tokenizer(tokenizer, config):
