@@ -255,7 +255,11 @@ def check_text(text, where):
 
 def each_line(path):
     """Yield the lines of a UTF-8 text file, split at line feeds alone, without carriage returns."""
-    with open(path, "rb") as file:
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise type(error)(f"{path}: {error.strerror}; expected a UTF-8 text file") from None
+    with file:
         for number, raw in enumerate(file, start=1):
             raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
             try:
@@ -300,13 +304,14 @@ def read_pairs(path, fields=("source", "target")):
             check_text(text, f"{path}:{line}")
         pairs.append(tuple(pair))
     if not pairs:
-        raise ValueError(f"{path}: expected at least one pair, found only a header")
+        raise ValueError(f"{path}: expected at least one pair, found an empty file or only "
+                         "a header")
     return pairs
 
 
 def jsonl_rows(path, fields):
     """Yield (line number, source, target) of a file with a JSON object a line."""
-    for number, line in enumerate(read_lines(path), start=1):
+    for number, line in enumerate(each_line(path), start=1):
         row = parse(line, f"{path}:{number}")
         if not set(fields) <= set(row):
             raise ValueError(f"{path}:{number}: expected an object with the fields "
@@ -317,14 +322,15 @@ def jsonl_rows(path, fields):
 
 def table_rows(path, fields):
     """Yield (line number, source, target) of a table with a header; quoted line breaks are kept."""
-    text = "\n".join(read_lines(path)) + "\n"
+    lines = (line + "\n" for line in each_line(path))
     separator = "\t" if path.endswith(".tsv") else ","
-    csv.field_size_limit(len(text))  # a text may be as long as the file
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    csv.field_size_limit(2**31 - 1)  # a text may be as long as the file
+    reader = csv.DictReader(lines, delimiter=separator, strict=True)
     try:
         if not set(fields) <= set(reader.fieldnames or ()):
             raise ValueError(f"{path}:1: expected a header with columns {' and '.join(fields)}, "
-                             f"found {brief(reader.fieldnames)}; name them with --fields")
+                             f"found {brief(reader.fieldnames or 'an empty file')}; name them with "
+                             "--fields")
         for row in reader:
             if any(row.get(None, ())):  # what is beyond the header's last column
                 raise ValueError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} "

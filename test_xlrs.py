@@ -2075,12 +2075,12 @@ def rivals(config=SIZES["small"]):
     return ours, theirs.eval()
 
 
-def step_of(model, update=False, low=False):
-    """Return a training step of either model: 8 ragged pairs, up to 128 source, 32 target tokens.
+def step_of(model, update=False, low=False, pairs=8):
+    """Return a training step of either model: ragged pairs, up to 128 source, 32 target tokens.
 
     It returns its loss. update: with AdamW's update; low: in bf16 autocast.
     """
-    ids, mask, labels = batch(model.config.vocab_size, 8, 128, 32, shortest=1 / 4)
+    ids, mask, labels = batch(model.config.vocab_size, pairs, 128, 32, shortest=1 / 4)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True) if update else None
     model.train()
 
@@ -2139,6 +2139,14 @@ def bench_step(repeats):
     show("its loss without dropout, bf16 beside float32", steps[2](), steps[0]())
 
 
+def bench_scaling(repeats):
+    """Seconds of a training step of mT5-small at 1, 2, 4 and 8 times the tokens, beside theirs."""
+    ours, theirs = rivals()
+    for factor in (1, 2, 4, 8):
+        show(f"training step, {factor} x 4 pairs of up to 128 and 32 tokens, s", *alternate(
+            [step_of(model, pairs=4 * factor) for model in (ours, theirs)], repeats))
+
+
 def bench_generate(repeats):
     """Seconds of greedy and 4-beam generation of mT5-small; the outputs that differ."""
     models, (ids, mask, _) = rivals(), batch(250112, 8, 128, 32, shortest=1 / 4)
@@ -2149,6 +2157,34 @@ def bench_generate(repeats):
              int((ours != theirs).any(1).sum()))
         show(f"{beams} beams: generation, s", *alternate(
             [lambda m=m: outputs_of(m, ids, mask, 64, beams) for m in models], repeats))
+
+
+def bench_run(repeats):
+    """The whole: seconds to the first step, of scoring 10,000 outputs; memory of a million pairs.
+
+    The outputs are of XL-Sum's kind: 20 words of a language, some of another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        def run(*arguments):
+            finished = script("train.py", *arguments, "--out", Path(folder) / str(time.time()))
+            finished.check_returncode()
+        small = ["--eval-size", 1, "--test-size", 1]
+        show("start to end of a run of 1 step, scores of 1 text a language, s",
+             *alternate([lambda: run("--steps", 1, *small)], repeats))
+        show("python train.py --reg 0.1, s", *alternate([lambda: run("--reg", 0.1)], 3))
+        told = {lang: [" ".join([data.toy_pair(story, lang, task)[1] for task in data.TASKS[:2]])
+                       for story in data.stories("dev", 10_000)] for lang in ("de", "en")}
+        outputs = [told["en" if i % 5 == 0 else "de"][i] for i in range(10_000)]
+        show("ROUGE-L, language, mixing and loops of 10,000 outputs, s", *alternate([
+            lambda: scoring.score(outputs, told["de"], "de", "en", scoring.identifier())], repeats))
+        path = Path(folder) / "million.jsonl"
+        with open(path, "w") as file:
+            for i in range(10**6):
+                row = {"source": f"{i} {told['de'][i % 10_000]}" * 3, "target": f"{i} in the end"}
+                file.write(json.dumps(row) + "\n")
+        show("this file's imports alone, peak GB", peak_of("pass"))
+        show(f"reading a million pairs, a file of {path.stat().st_size / 1e9:.2f} GB, peak GB",
+             peak_of(f"pairs = data.read_pairs({str(path)!r})"))
 
 
 def bench_convert():
