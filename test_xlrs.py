@@ -1,5 +1,8 @@
 """All tests: `python -m pytest`. Formulas against numbers that can be redone on paper, properties,
-parity with the tools in use, and each script as a user starts it."""
+parity with the tools in use, and each script as a user starts it.
+
+`XLRS_IMPL=my_folder python -m pytest -k NAME` runs them on a student's files: those of my_folder
+stand in for ours of the same name, in imports and as scripts (README, Exercises)."""
 
 import argparse
 import collections
@@ -35,6 +38,29 @@ import sentencepiece
 import torch
 import transformers
 
+HERE = Path(__file__).parent
+NAMES = ("xlrs.py", "train.py", "model.py", "data.py", "eval.py", "select.py", "answers.py")
+
+
+def students_files(folder):
+    """Return {name: path} of a student's files in folder, after putting them before ours."""
+    found = {name: folder / name for name in NAMES if (folder / name).is_file()}
+    if not found:
+        lack = f"none of {' '.join(NAMES)}" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"XLRS_IMPL={folder}: expected files to test, found {lack}")
+    if {"data.py", "eval.py"} & set(found) and not (folder / "toy").is_dir():
+        raise FileNotFoundError("XLRS_IMPL: expected toy/ beside data.py or eval.py, found none; "
+                                f"copy it: cp -r {HERE / 'toy'} {folder}")
+    sys.path.insert(0, str(folder))
+    # Scripts look there too; "safe path" keeps Python from putting a script's own folder first.
+    places = [str(folder), str(HERE), os.environ.get("PYTHONPATH")]
+    os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, places)), PYTHONSAFEPATH="1")
+    return found
+
+
+THEIRS = students_files(Path(os.environ["XLRS_IMPL"]).absolute()) if os.environ.get(
+    "XLRS_IMPL") else {}
+
 import data
 import eval as scoring
 import model as mt5
@@ -44,13 +70,27 @@ from data import EOS, IGNORE, PAD, Tokenizer
 from model import MT5, SIZES, MT5Config, convert, export, load, read_checkpoint, save
 
 transformers.logging.set_verbosity_error()
-HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whose(pytestconfig):
+    """Say once which files are tested in place of ours."""
+    if THEIRS:
+        capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print("\nXLRS_IMPL:", *THEIRS.values(), "in place of ours")
+
+
+def ours(name):
+    """Return the path of our file of that name, or of a student's in place of it."""
+    return str(THEIRS.get(name, HERE / name))
 
 
 def script(*words, cwd=HERE):
     """Return the finished process of `python WORDS…`, as a user starts it."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300)
+    words = [str(THEIRS.get(word, word)) for word in words]
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
 
 
 def fails_in_one_line(finished, *parts):
@@ -1339,7 +1379,7 @@ def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words
 
 def test_training_the_identifier_twice_gives_the_same_bytes(three_words):
     # in another process, where Python's own hash of a string differs
-    subprocess.run([sys.executable, HERE / "eval.py", "--train-lid", three_words,
+    subprocess.run([sys.executable, ours("eval.py"), "--train-lid", three_words,
                     three_words / "again.bin"],
                    check=True, env={**os.environ, "PYTHONHASHSEED": "1"})
     assert (three_words / "again.bin").read_bytes() == (three_words / "table.bin").read_bytes()
@@ -1785,7 +1825,7 @@ def test_runs_that_were_tested_in_different_languages_can_be_compared(tmp_path, 
 
 def selecting():
     """Return select.py as a module; under its own name an import would get Python's `select`."""
-    spec = importlib.util.spec_from_file_location("selecting", HERE / "select.py")
+    spec = importlib.util.spec_from_file_location("selecting", ours("select.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -1835,7 +1875,7 @@ def log_grows(folder, process, rows):
 
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(small_run, tmp_path):
     folder, _ = small_run
-    command = [sys.executable, "train.py", "--reg", "0.1", *map(str, SMALL), "--out",
+    command = [sys.executable, ours("train.py"), "--reg", "0.1", *map(str, SMALL), "--out",
                str(tmp_path / "run"), "--resume"]
     for rows_before in (1, 4, 6):
         process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL,
@@ -1915,7 +1955,7 @@ def torchrun(*words, **settings):
     """Return the process of `torchrun … train.py WORDS…`, started on two processes."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "train.py", "--reg", "0.1", *map(str, SMALL), *map(str, words)], cwd=HERE, text=True,
+         ours("train.py"), "--reg", "0.1", *map(str, SMALL), *map(str, words)], cwd=HERE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
 
