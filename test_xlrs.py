@@ -1,5 +1,8 @@
 """All tests: `python -m pytest`. Formulas against numbers that can be redone on paper, properties,
-parity with the tools in use, and each script as a user starts it."""
+parity with the tools in use, and each script as a user starts it.
+
+`XLRS_IMPL=my_folder python -m pytest -k NAME` runs them on a student's files: those of my_folder
+stand in for ours of the same name, in imports and as scripts (README, Exercises)."""
 
 import argparse
 import collections
@@ -35,6 +38,29 @@ import sentencepiece
 import torch
 import transformers
 
+HERE = Path(__file__).parent
+NAMES = ("xlrs.py", "train.py", "model.py", "data.py", "eval.py", "select.py", "answers.py")
+
+
+def students_files(folder):
+    """Return {name: path} of a student's files in folder, after putting them before ours."""
+    found = {name: folder / name for name in NAMES if (folder / name).is_file()}
+    if not found:
+        lack = f"none of {' '.join(NAMES)}" if folder.is_dir() else "no such folder"
+        raise FileNotFoundError(f"XLRS_IMPL={folder}: expected files to test, found {lack}")
+    if {"data.py", "eval.py"} & set(found) and not (folder / "toy").is_dir():
+        raise FileNotFoundError("XLRS_IMPL: expected toy/ beside data.py or eval.py, found none; "
+                                f"copy it: cp -r {HERE / 'toy'} {folder}")
+    sys.path.insert(0, str(folder))
+    # Scripts look there too; "safe path" keeps Python from putting a script's own folder first.
+    places = [str(folder), str(HERE), os.environ.get("PYTHONPATH")]
+    os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, places)), PYTHONSAFEPATH="1")
+    return found
+
+
+THEIRS = students_files(Path(os.environ["XLRS_IMPL"]).absolute()) if os.environ.get(
+    "XLRS_IMPL") else {}
+
 import data
 import eval as scoring
 import model as mt5
@@ -44,13 +70,27 @@ from data import EOS, IGNORE, PAD, Tokenizer
 from model import MT5, SIZES, MT5Config, convert, export, load, read_checkpoint, save
 
 transformers.logging.set_verbosity_error()
-HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def whose(pytestconfig):
+    """Say once which files are tested in place of ours."""
+    if THEIRS:
+        capture = pytestconfig.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print("\nXLRS_IMPL:", *THEIRS.values(), "in place of ours")
+
+
+def ours(name):
+    """Return the path of our file of that name, or of a student's in place of it."""
+    return str(THEIRS.get(name, HERE / name))
 
 
 def script(*words, cwd=HERE):
     """Return the finished process of `python WORDS…`, as a user starts it."""
-    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
-                          text=True, timeout=300)
+    words = [str(THEIRS.get(word, word)) for word in words]
+    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
+                          timeout=300)
 
 
 def fails_in_one_line(finished, *parts):
@@ -62,23 +102,52 @@ def fails_in_one_line(finished, *parts):
         assert part in line, line
 
 
+def answer(name, value):
+    """Return the value of that name in a student's answers.py; without one, value, our own."""
+    if "answers.py" not in THEIRS:
+        return value
+    import answers
+    assert hasattr(answers, name), f"answers.py: expected a line {name} = …, found none"
+    return getattr(answers, name)
+
+
 # xlrs.py ------------------------------------------------------------------------------------------
+
+
+def test_xlrs_of_two_sentences_is_as_computed_by_hand():
+    english = [[[2., 0.], [4., 8.]], [[1., 0.], [9., 9.]]]  # (B, S, D); the last is padding
+    german = [[[4., 3.], [9., 9.]], [[0., 2.], [0., 4.]]]
+    mask = torch.tensor([[[True, True], [True, False]], [[True, False], [True, True]]])
+    states = torch.tensor([english, german])  # (L, B, S, D)
+    pooled = xlrs.pool(states.flatten(0, 1), mask.flatten(0, 1)).unflatten(0, (2, 2))
+    slips = {0.96: "the first sentence alone", 0.98: "the cosine of the means of both sentences",
+             12.: "dot products, not divided by the lengths", 0.83: "padding was counted"}
+    for found in (answer("xlrs_by_hand", 0.48), xlrs.xlrs(pooled).item()):
+        slip = [f" ({text})" for value, text in slips.items() if abs(found - value) < 0.005]
+        assert found == pytest.approx(0.48, abs=0.005), (
+            f"expected 0.48, found {found:.3g}{''.join(slip)}. The mean states are (3, 4) and "
+            "(1, 0) in English, (4, 3) and (0, 3) in German; the cosines (3·4 + 4·3) / (5·5) = "
+            "0.96 and 0 / (1·3) = 0; XLRS is their mean")
 
 
 def test_pooling_is_the_mean_over_real_tokens():
     states = torch.tensor([[[2., 0.], [4., 6.], [9., 9.]]])
     mask = torch.tensor([[True, True, False]])
-    assert xlrs.pool(states, mask).tolist() == [[3., 3.]]
+    found = xlrs.pool(states, mask).tolist()
+    assert found == [[3., 3.]], (
+        f"(2, 0), (4, 6), padding (9, 9): expected the mean (3, 3), found {found}")
 
 
 def test_pooling_does_not_see_what_stands_in_the_padding():
     states, mask = torch.randn(4, 5, 8), torch.arange(5)[None] < torch.tensor([[5], [3], [1], [2]])
     noisy = torch.where(mask[..., None], states, torch.full_like(states, 1e4))
-    assert torch.equal(xlrs.pool(states, mask), xlrs.pool(noisy, mask))
+    unchanged = torch.equal(xlrs.pool(states, mask), xlrs.pool(noisy, mask))
+    assert unchanged, "what stands in the padding, where mask is False, should change nothing"
 
 
 def test_a_sentence_without_tokens_pools_to_zeros():
-    assert xlrs.pool(torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool)).tolist() == [[0] * 3]
+    found = xlrs.pool(torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool)).tolist()
+    assert found == [[0] * 3], f"expected zeros, not a division by no token, found {found}"
 
 
 @pytest.mark.parametrize("a, b, cosine", [
@@ -86,37 +155,50 @@ def test_a_sentence_without_tokens_pools_to_zeros():
     ([1., 2.], [-2., -4.], -1.), ([1., 0.], [0., 5.], 0.)])
 def test_similarity_is_the_cosine(a, b, cosine):
     found = xlrs.similarity(torch.tensor([a]), torch.tensor([b]))
-    assert found.item() == pytest.approx(cosine, abs=1e-6)
+    dot, lengths = sum(x * y for x, y in zip(a, b)), f"{math.hypot(*a):.3f} · {math.hypot(*b):.3f}"
+    assert found.tolist() == pytest.approx([cosine], abs=1e-6), (
+        f"cosine of {a} and {b}: expected {dot:g} / ({lengths}) = {cosine:.3f}, found "
+        f"{found.tolist()}")
 
 
 def test_xlrs_compares_each_language_with_the_source_sentence_by_sentence():
     source = [[1., 0.], [0., 1.]]
     pooled = torch.tensor([source, source, [[0., 1.], [1., 0.]], [[1., 1.], [0., -1.]]])
     expected = [1., 0., (1 / math.sqrt(2) - 1) / 2]
-    assert xlrs.xlrs(pooled).tolist() == pytest.approx(expected, abs=1e-6)
+    found = xlrs.xlrs(pooled).tolist()
+    assert found == pytest.approx(expected, abs=1e-6), (
+        "cosines with the source's two sentences: 1 and 1, 0 and 0, 0.707 and -1; expected each "
+        f"language's mean, 1, 0 and -0.146, found {found}")
 
 
 def test_the_regulariser_is_the_mean_cosine_above_the_floor():
     pooled = torch.tensor([[[1., 0.]], [[1., 0.]], [[0., 1.]]])  # cosines 1 and 0
-    assert xlrs.regulariser(pooled).item() == pytest.approx(0.5)
-    assert xlrs.regulariser(pooled, floor=0.2).item() == pytest.approx(0.3)
-    assert xlrs.regulariser(pooled, floor=0.6).item() == 0
-    assert xlrs.regulariser(pooled, floor=-1).item() == pytest.approx(1.5)
+    for floor, term in ((0, 0.5), (0.2, 0.3), (0.6, 0), (-1, 1.5)):
+        found = xlrs.regulariser(pooled, floor).item()
+        assert found == pytest.approx(term), (
+            f"cosines 1 and 0, floor {floor}: expected max(0, (1 + 0) / 2 - {floor}) = {term}, "
+            f"found {found:.3g}")
 
 
 def test_a_step_against_the_regularisers_gradient_lowers_xlrs_and_moves_every_language():
     pooled = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)) + 1
     pooled.requires_grad_()
-    before = xlrs.regulariser(pooled)
-    before.backward()
-    assert (pooled.grad.abs().sum(dim=(1, 2)) > 0).all()  # the source's side too
-    assert xlrs.regulariser(pooled.detach() - 0.1 * pooled.grad) < before
+    xlrs.regulariser(pooled).backward()
+    reached = (pooled.grad.abs().sum(dim=(1, 2)) > 0).tolist()
+    assert all(reached), ("XLRS is above the floor: expected a gradient in each language, the "
+                          f"source first, found {reached}")
+    before, after = (xlrs.xlrs(vectors).mean().item() for vectors in (
+        pooled.detach(), pooled.detach() - pooled.grad))
+    assert after < before, (
+        "loss = … + λ · term is minimised: expected a step against the term's gradient to lower "
+        f"XLRS, found it go from {before:.3f} to {after:.3f}; see the term's sign")
 
 
 def test_the_regulariser_has_no_gradient_below_its_floor():
     pooled = torch.tensor([[[1., 0.]], [[-1., 0.1]]], requires_grad=True)
     xlrs.regulariser(pooled).backward()
-    assert pooled.grad.abs().sum() == 0
+    found = pooled.grad.flatten().tolist()
+    assert not any(found), f"cosine -0.995, floor 0: expected no gradient, found {found}"
 
 
 def test_the_regulariser_needs_two_languages():
@@ -319,8 +401,12 @@ def test_parallel_lines_stay_aligned_where_one_is_blank_and_ends_in_carriage_ret
 
 def test_masked_spans_go_to_the_target_in_order():
     source, target = data.mask_spans([10, 11, 12, 13, 14, 15], [(1, 3), (5, 6)], [99, 98, 97])
-    assert source == [10, 99, 13, 14, 98, data.EOS]
-    assert target == [99, 11, 12, 98, 15, data.EOS]
+    assert source == [10, 99, 13, 14, 98, data.EOS], (
+        f"source: expected 99 in place of 11 12, 98 in place of 15, {data.EOS} (</s>) at the end")
+    assert target == [99, 11, 12, 98, 15, data.EOS], (
+        f"target: expected 99 before 11 12, 98 before 15, {data.EOS} (</s>) at the end")
+    assert data.mask_spans([10, 11], [(0, 1)], [99, 98]) == ([99, 11, 1], [99, 10, 1]), (
+        "a span at the start: expected nothing before its sentinel")
 
 
 @pytest.mark.parametrize("length", [2, 3, 10, 57, 500])
@@ -578,7 +664,9 @@ def test_generated_tokens_equal_those_of_transformers(pair, beams):
     ended = (expected == EOS).cumsum(1) - (expected == EOS).long() > 0
     expected = expected.masked_fill(ended, PAD)  # its beam search fills up with </s>
     found, expected = (torch.nn.functional.pad(x, (0, 24 - x.shape[1])) for x in (found, expected))
-    assert found.tolist() == expected.tolist()
+    differ = [f"sentence {row}: expected {y}, found {x}" for row, (x, y) in enumerate(
+        zip(found.tolist(), expected.tolist())) if x != y]
+    assert not differ, f"{len(differ)} differ; ids, {PAD} after the end {EOS}, of {differ[0]}"
     assert len(set((found != PAD).sum(1).tolist())) > 2, "the lengths should differ"
 
 
@@ -589,8 +677,10 @@ def test_a_sentence_is_answered_alike_alone_and_in_a_batch(pair, beams):
     together = ours.generate(ids, mask, 20, beams)
     for row in range(6):
         alone = ours.generate(ids[row:row + 1, mask[row]], mask[row:row + 1, mask[row]], 20, beams)
-        assert alone[0].tolist() == together[row, :alone.shape[1]].tolist()
-        assert not together[row, alone.shape[1]:].any()
+        assert alone[0].tolist() == together[row, :alone.shape[1]].tolist(), (
+            f"sentence {row}: expected the same ids alone and in a batch")
+        assert not together[row, alone.shape[1]:].any(), (
+            f"sentence {row}: expected {PAD} after its end")
 
 
 def test_padding_on_either_side_changes_nothing(pair):
@@ -635,20 +725,27 @@ def test_bf16_is_as_close_to_float32_as_in_transformers(pair):
     assert loss.item() == pytest.approx(ours(ids, mask, labels).item(), rel=0.01)
 
 
+def agree_on_buckets(distances, expected, both_ways):
+    """Assert that bucket() gives the expected list for a list of distances."""
+    found = mt5.bucket(torch.tensor(distances), both_ways).tolist()
+    differ = [f"distance {distance}: expected {right}, found {wrong}"
+              for distance, right, wrong in zip(distances, expected, found) if right != wrong]
+    ways = "both ways" if both_ways else "back only"
+    assert not differ, f"looking {ways}, {len(differ)} differ: {'; '.join(differ[:8])}"
+    assert len(found) == len(expected)
+
+
 def test_buckets_equal_a_table_made_by_hand():
     """32 buckets both ways: 16 a side, 8 exact, then 8 + floor(8 · ln(d / 8) / ln(128 / 8))."""
-    def both_ways(*distances):
-        return mt5.bucket(torch.tensor(distances), True).tolist()
-    assert both_ways(0, -1, -2, -7, 1, 2, 7) == [0, 1, 2, 7, 17, 18, 23]
-    assert both_ways(-8, -11, -12, -15, -16, -22, -23) == [8, 8, 9, 9, 10, 10, 11]
-    assert both_ways(-31, -32, -63, -64, -90, -91, -127, -128, -999) == [
-        11, 12, 13, 14, 14, 15, 15, 15, 15]
-    assert both_ways(16, 64, 91, 999) == [26, 30, 31, 31]
-    def looking_back(*distances):  # all 32 for what is behind: 16 exact
-        return mt5.bucket(torch.tensor(distances), False).tolist()
-    assert looking_back(5, 1, 0, -1, -15) == [0, 0, 0, 1, 15]
-    assert looking_back(-16, -18, -19, -31, -32, -113, -128, -999) == [
-        16, 16, 17, 21, 21, 31, 31, 31]
+    both_ways = functools.partial(agree_on_buckets, both_ways=True)
+    both_ways([0, -1, -2, -7, 1, 2, 7], [0, 1, 2, 7, 17, 18, 23])
+    both_ways([-8, -11, -12, -15, -16, -22, -23], [8, 8, 9, 9, 10, 10, 11])
+    both_ways([-31, -32, -63, -64, -90, -91, -127, -128, -999],
+              [11, 12, 13, 14, 14, 15, 15, 15, 15])
+    both_ways([16, 64, 91, 999], [26, 30, 31, 31])
+    back_only = functools.partial(agree_on_buckets, both_ways=False)  # all 32 behind: 16 exact
+    back_only([5, 1, 0, -1, -15], [0, 0, 0, 1, 15])
+    back_only([-16, -18, -19, -31, -32, -113, -128, -999], [16, 16, 17, 21, 21, 31, 31, 31])
 
 
 def test_buckets_equal_those_of_transformers_at_every_distance():
@@ -656,7 +753,7 @@ def test_buckets_equal_those_of_transformers_at_every_distance():
     distances = torch.arange(-600, 601)
     for both_ways in (True, False):
         expected = attention._relative_position_bucket(distances, both_ways, 32, 128)
-        assert mt5.bucket(distances, both_ways).tolist() == expected.tolist()
+        agree_on_buckets(distances.tolist(), expected.tolist(), both_ways)
 
 
 @pytest.mark.parametrize("scores", [1, 2000, 2**26])
@@ -1241,12 +1338,13 @@ def three_words(tmp_path_factory):
 
 
 def test_rouge_l_is_the_fraction_worked_by_hand():
-    # a b c d against a c e: the subsequence a c, so 2 · 2 / (4 + 3)
-    assert scoring.rouge_l(["a b c d"], ["A, c! e"]).tolist() == pytest.approx([4 / 7])
-    # order counts: of b a and a b only one token is a subsequence
-    assert scoring.rouge_l(["b a"], ["a b"]).tolist() == pytest.approx([1 / 2])
-    # a token is used once: a a a against a
-    assert scoring.rouge_l(["a a a"], ["a"]).tolist() == pytest.approx([2 / 4])
+    for prediction, reference, score, why in [
+            ("a b c d", "A, c! e", 4 / 7, "the subsequence a c, so 2 · 2 / (4 + 3)"),
+            ("b a", "a b", 1 / 2, "order counts: either token, not both, so 2 · 1 / (2 + 2)"),
+            ("a a a", "a", 2 / 4, "a token is used once, so 2 · 1 / (3 + 1)")]:
+        found = scoring.rouge_l([prediction], [reference]).tolist()
+        assert found == pytest.approx([score]), (
+            f"{prediction!r} against {reference!r}: expected {score:.3f} ({why}), found {found}")
 
 
 def test_rouge_l_equals_rouge_score_on_ascii_text():
@@ -1257,7 +1355,9 @@ def test_rouge_l_equals_rouge_score_on_ascii_text():
     a, b = texts[:200], texts[200:]
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     expected = [scorer.score(y, x)["rougeL"].fmeasure for x, y in zip(a, b)]
-    assert torch.allclose(scoring.rouge_l(a, b), torch.tensor(expected), atol=1e-6, rtol=0)
+    differ = [f"{x!r} against {y!r}: expected {right:.3f}, found {found:.3f}" for x, y, right, found
+              in zip(a, b, expected, scoring.rouge_l(a, b).tolist()) if abs(right - found) > 1e-6]
+    assert not differ, f"{len(differ)} of {len(a)} pairs differ; {min(differ, key=len)}"
     assert max(expected) > .3
 
 
@@ -1270,7 +1370,11 @@ def test_the_row_in_one_integer_is_the_textbook_table_also_beyond_64_tokens():
             for j, y in enumerate(b):
                 table[i + 1][j + 1] = (table[i][j] + 1 if x == y
                                        else max(table[i][j + 1], table[i + 1][j]))
-        assert scoring.lcs(a, b) == scoring.lcs(b, a) == table[-1][-1]
+        for one, other in ((a, b), (b, a)):
+            found = scoring.lcs(one, other)
+            assert found == table[-1][-1], (
+                f"{length} and {length + 3} tokens: expected {table[-1][-1]} in common, found "
+                f"{found}; lists {data.brief(one)} and {data.brief(other)}")
 
 
 @pytest.mark.parametrize("language", GREETINGS)
@@ -1339,7 +1443,7 @@ def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words
 
 def test_training_the_identifier_twice_gives_the_same_bytes(three_words):
     # in another process, where Python's own hash of a string differs
-    subprocess.run([sys.executable, HERE / "eval.py", "--train-lid", three_words,
+    subprocess.run([sys.executable, ours("eval.py"), "--train-lid", three_words,
                     three_words / "again.bin"],
                    check=True, env={**os.environ, "PYTHONHASHSEED": "1"})
     assert (three_words / "again.bin").read_bytes() == (three_words / "table.bin").read_bytes()
@@ -1534,7 +1638,10 @@ def test_a_run_lowers_the_loss_and_the_regulariser_lowers_xlrs(small_run, tmp_pa
     assert finished.returncode == 0, finished.stderr
     mean = {name: [scoring.mean(row["xlrs"].values()) for row in rows(path, "eval")]
             for name, path in (("reg", folder), ("plain", tmp_path / "plain"))}
-    assert mean["reg"][0] == mean["plain"][0] and mean["reg"][-1] < mean["plain"][-1]
+    assert mean["reg"][0] == mean["plain"][0]
+    assert mean["reg"][-1] < mean["plain"][-1], (
+        f"expected XLRS to end lower with the regulariser, from {mean['reg'][0]:.3f} found "
+        f"{mean['reg'][-1]:.3f} with it and {mean['plain'][-1]:.3f} without")
     losses = [row["dev_loss"] for row in rows(tmp_path / "plain", "eval")]
     assert losses[-1] < 0.9 * losses[0]
 
@@ -1576,6 +1683,21 @@ def test_a_run_goes_on_that_was_killed_before_its_first_checkpoint(small_run, tm
     finished = script("train.py", "--reg", 0.1, *SMALL, "--out", tmp_path, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "scores.json").read_text() == (folder / "scores.json").read_text()
+
+
+def test_xlrs_of_the_toy_base_by_layer():
+    model, tokenizer = load(train.TOY_BASE)
+    args, layers, measured = train.parse_args([]), model.encoder.layers, []
+    _, sentences = data.parallel_texts(args)
+    for depth in range(len(layers) + 1):
+        model.encoder.layers = layers[:depth]
+        vectors = scoring.vectors_by_language(model.eval(), tokenizer, sentences, args)
+        measured.append(scoring.mean(scoring.language_similarity(vectors).values()))
+    for found in (answer("xlrs_by_layer", [0.365, 0.640, 0.713]), measured):
+        assert found == pytest.approx([0.365, 0.640, 0.713], abs=0.002), (
+            f"after no layer, one, two: expected 0.365, 0.640, 0.713, found {found}; the last is "
+            "the base's in README. Cut off layers and keep the norm; model.eval(); the second "
+            "result of data.parallel_texts; mean over sentences, then over the five languages")
 
 
 def test_scores_of_a_run_with_other_arguments_go_where_they_are_asked_to(small_run, tmp_path):
@@ -1785,7 +1907,7 @@ def test_runs_that_were_tested_in_different_languages_can_be_compared(tmp_path, 
 
 def selecting():
     """Return select.py as a module; under its own name an import would get Python's `select`."""
-    spec = importlib.util.spec_from_file_location("selecting", HERE / "select.py")
+    spec = importlib.util.spec_from_file_location("selecting", ours("select.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -1835,7 +1957,7 @@ def log_grows(folder, process, rows):
 
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(small_run, tmp_path):
     folder, _ = small_run
-    command = [sys.executable, "train.py", "--reg", "0.1", *map(str, SMALL), "--out",
+    command = [sys.executable, ours("train.py"), "--reg", "0.1", *map(str, SMALL), "--out",
                str(tmp_path / "run"), "--resume"]
     for rows_before in (1, 4, 6):
         process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL,
@@ -1915,7 +2037,7 @@ def torchrun(*words, **settings):
     """Return the process of `torchrun … train.py WORDS…`, started on two processes."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "train.py", "--reg", "0.1", *map(str, SMALL), *map(str, words)], cwd=HERE, text=True,
+         ours("train.py"), "--reg", "0.1", *map(str, SMALL), *map(str, words)], cwd=HERE, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"}, **settings)
 
