@@ -1799,6 +1799,28 @@ def test_an_occupied_folder_and_changed_arguments_are_refused(small_run):
                       "--reg was 0.1", "now it is 0.2")
 
 
+def shape(text):
+    """Return the words of each line of a report; numbers are 0, what a system answers is left out.
+
+    So is the mark of the chosen checkpoint: on another machine it may stand a line later.
+    """
+    text = re.sub(r"(?m)^(    (?:base|--reg 0|this run)) .*", r"\1", text).replace("<- chosen", "")
+    return [re.sub(r"-?\d+(\.\d+)?", "0", line).split() for line in text.strip().splitlines()]
+
+
+def test_the_two_commands_of_the_readme_print_what_it_shows(tmp_path):
+    readme, out = (HERE / "README.md").read_text(), "runs/completion-en-reg0.1"
+    blocks = readme.split("```")[1::2]
+    for command, name in (("train.py", "train.py --reg 0.1"), ("select.py", f"select.py {out}")):
+        shown = next(after for before, after in zip(blocks, blocks[1:]) if name in before)
+        words = [word.replace(out, str(tmp_path / "run")) for word in name.split()]
+        words += ["--out", tmp_path / "run", "--device", "cpu"] if command == "train.py" else []
+        finished = script(*words)
+        assert finished.returncode == 0, finished.stderr
+        found = finished.stdout.replace(str(tmp_path / "run"), out)
+        assert shape(found) == shape(shown), f"README, {name}: expected what it prints now, {found}"
+
+
 def test_select_and_eval_answer_a_missing_run_in_one_line(tmp_path):
     fails_in_one_line(script("select.py", tmp_path), "args.json", "train.py")
     fails_in_one_line(script("eval.py", tmp_path / "nothing"), "nothing")
