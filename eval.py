@@ -866,31 +866,33 @@ def at_its_best(runs):
         yield from ((name, run, row) for run, row in best)
 
 
-def headline(rows):
-    """Return how far `--reg 0.1` is from `--reg 0`, cells of a table: before -> after (difference).
+def headline(rows, name):
+    """Return how far a method is from `--reg 0`, cells of a table: before -> after (difference).
 
-    rows: (method, run, checkpoint). Means over the tasks, of the seeds that have them all; the
-    difference seed by seed, with its 95 % interval.
+    rows: (method, run, checkpoint). Means over the languages that both are judged on and over the
+    tasks, of the seeds that have them all; the difference seed by seed, with its 95 % interval.
     """
+    rows = [row for row in rows if row[0] in ("--reg 0", name)]
     tasks = {run["task"] for _, run, _ in rows}
+    judged = set.intersection(*(set(row["test"]) for *_, row in rows))
     found = {}  # (method, seed) -> {task: {column: number}}
-    for name, run, row in rows:
-        found.setdefault((name, run["seed"]), {})[run["task"]] = scores_of(run, row)
-
-    def by_seed(name, column):
-        return {seed: mean(numbers[column] for numbers in by_task.values())
-                for (method, seed), by_task in found.items()
-                if method == name and set(by_task) == tasks}
+    for kind, run, row in rows:
+        tests = {lang: row["test"][lang] for lang in judged}
+        found.setdefault((kind, run["seed"]), {})[run["task"]] = scores_of(
+            run, {**row, "test": tests})
+    seeds = [seed for kind, seed in found if kind == name and all(
+        set(found.get((either, seed), ())) == tasks for either in ("--reg 0", name))]
 
     cells = []
     for column in ("source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"):
-        plain, ours = by_seed("--reg 0", column), by_seed("--reg 0.1", column)
-        before, after = mean(plain.values()), mean(ours.values())
-        change = interval([ours[seed] - plain[seed] for seed in plain if seed in ours])
-        cells.append(f"{before:.1f} -> {after:.1f} ({change})")
+        before, after = ([mean(numbers[column] for numbers in found[kind, seed].values())
+                          for seed in seeds] for kind in ("--reg 0", name))
+        change = interval([b - a for a, b in zip(before, after)])
+        cells.append(f"{mean(before):.1f} -> {mean(after):.1f} ({change})")
         if column == "source %":
-            cells.insert(0, f"{100 * (after / before - 1) if before else math.nan:.0f} %")
-    return cells
+            share = 100 * (mean(after) / mean(before) - 1) if any(before) else math.nan
+            cells.insert(0, f"{share:.0f} %")
+    return [len(seeds), *cells]
 
 
 def across_runs(runs):
@@ -937,14 +939,18 @@ def compare(paths, out=None):
                  measure(run, run["checkpoints"][-1])) for run in only]
 
     best = list(at_its_best(runs))
-    if {"--reg 0", "--reg 0.1"} <= {method(run) for run in at_usual}:
-        print("--reg 0 -> --reg 0.1 (difference ± 95 % interval over seeds), mean over the tasks:")
-        table([["last step", *headline([(method(run), run, run["checkpoints"][-1])
-                                        for run in at_usual])],
-               ["chosen checkpoint", *headline([(method(run), run, chosen_row(run))
-                                                for run in at_usual])],
-               ["each at its best", *headline(best)]],
-              ["", "source %", "source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"])
+    methods = list(dict.fromkeys(method(run) for run in at_usual))
+    chosen, last = ([(method(run), run, pick(run)) for run in at_usual]
+                    for pick in (chosen_row, lambda run: run["checkpoints"][-1]))
+    for name in methods:
+        if name != "--reg 0" and headline(last, name)[0]:
+            print(f"\n--reg 0 -> {name} (difference ± 95 % interval over seeds), "
+                  "mean over the tasks:")
+            table([["last step", *headline(last, name)],
+                   ["chosen checkpoint", *headline(chosen, name)],
+                   ["each at its best", *headline(best, name)]],
+                  ["", "seeds", "source %", "source %", "wrong %", "ROUGE-L", "loops %",
+                   "source ROUGE-L"])
     print_means("At the last step:", heads, entries(scores_of))
     print_means("At the checkpoint chosen by XLRS where --reg is on, else by source dev loss:",
                 heads, entries(lambda run, _: {"step": chosen_row(run)["step"],

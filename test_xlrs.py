@@ -1848,8 +1848,8 @@ def test_the_headline_is_the_mean_over_tasks_of_seeds_that_have_them_all():
     rows = [row("title", 0, 1, 40., 50.), row("summary", 0, 1, 20., 70.),
             row("title", 0.1, 1, 6., 60.), row("summary", 0.1, 1, 0., 72.),
             row("title", 0.1, 2, 99., 1.)]  # a seed without summaries
-    english, share, wrong, rouge, *_ = scoring.headline(rows)
-    assert english == "-90 %" and share == wrong == "30.0 -> 3.0 (-27.0)"
+    seeds, english, share, wrong, rouge, *_ = scoring.headline(rows, "--reg 0.1")
+    assert seeds == 1 and english == "-90 %" and share == wrong == "30.0 -> 3.0 (-27.0)"
     assert rouge == "60.0 -> 66.0 (6.0)"
 
 
