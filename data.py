@@ -155,6 +155,8 @@ def train_tokenizer(lines, vocab_size):
 
 # Readers of users' files. Every mistake is a ValueError that names file and line.
 
+# JSON is checked by `parse` and `check`; how they do it can be skipped on a first reading.
+
 SHORT = reprlib.Repr()
 SHORT.maxstring = 80  # characters
 
@@ -407,8 +409,8 @@ def encode_pair(pair, tokenizer, args):
 def batches(draw, batch_size, seed, start=0):
     """Yield batches for ever, from number start on; batch k depends on seed and k alone.
 
-    draw(group, count) returns the count examples of a group, eight batches: these are sorted by
-    length, so that a batch has little padding, and the batches are shuffled.
+    A group is eight batches; draw(group, count) returns its count examples. These are sorted by
+    length, so that a batch has little padding, and then the batches are shuffled.
     """
     first, skip = divmod(start, 8)
     for group in itertools.count(first):

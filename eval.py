@@ -123,8 +123,9 @@ ALPHA = .02  # added to every count: what an n-gram that a language never showed
 # was tuned for accuracy, their size so that the probabilities of two words are about true.
 WEIGHTS = (1 / 16, 1 / 4)
 MIXED = 1.5  # nats for the source from which a word counts: clean text shows under 1 %
-BATCH = 1024  # texts at once,
-LETTERS = 2**20  # and how many letters at most if a text has no more: 150 bytes each
+# Texts are taken in groups of at most BATCH texts, and LETTERS letters unless one text alone has
+# more: a letter needs about 150 bytes.
+BATCH, LETTERS = 1024, 2**20
 DENSE = 4  # n-grams known in more columns than this are looked up as a full row: faster
 FORMAT = "xlrs language table 2"
 FOLD = np.full(0x110000, -1, dtype=np.int32)  # code point -> its letter in lower case; -1: unknown
@@ -157,7 +158,7 @@ def ngrams(texts):
     """Return the hashed n-grams of texts, by order: a list of (buckets (G,), text numbers (G,)).
 
     Orders 1 to ORDERS inside words, a space before and after included, then whole words. The hash
-    of letters u in a span is Σ u · M^(end - place) mod 2^64; running sums give that of every span.
+    of letters u in a span is Σ u · f^(end - place) mod 2^64; running sums give that of every span.
     """
     letters, owner, space = spaced(texts)
     factor = 0x9E3779B97F4A7C15
@@ -398,7 +399,8 @@ def score(outputs, references, language, source, identifier, candidates=None):
     an output without any letter is in no language and counts. source_language: % in the source
     language. mixed: mean % of an output's words that are the source's. loops: % of outputs in which
     three tokens in a row come again. n: number of outputs.
-    language, source: ISO 639-1; source may be None or equal to language: then both rates are 0.
+    language, source: ISO 639-1; where source is None or language itself, source_language and mixed
+    are 0.
     """
     found = identifier.predict(outputs, candidates)
     share = lambda hits: 100 * sum(hits) / max(1, len(outputs))
@@ -573,8 +575,9 @@ MEASURES = {"xlrs": "xlrs", "dev": "dev_loss"}  # the rule, and the log's field 
 
 
 def best_row(rows, by, floor=-1.0):
-    """Return the evaluation row that the rule picks; the base, step 0, is not on offer.
+    """Return the evaluation row that the rule picks.
 
+    The base, step 0, is not on offer: it has not learnt the task, and its XLRS may be the lowest.
     by: "xlrs" or "dev", and floor, as in xlrs.choose; the development score is minus the loss.
     """
     trained = [row for row in rows if row["step"] > 0]

@@ -183,7 +183,7 @@ class Encoder(nn.Module):
         """Return final states (B, S, D) of embeddings x (B, S, D); mask (B, S) True at real tokens.
 
         Scores towards padding get the lowest finite number, not -inf: a sentence without any real
-        token then has no NaN. States at padding are zero.
+        token then has no NaN. States at padding are zero, except in compiled code.
         """
         bias = position_bias(self.positions, x.shape[1], self.max_distance, bidirectional=True)
         bias = hide(bias, mask[:, None, None, :])  # (B, H, S, S)
@@ -422,7 +422,7 @@ def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
     Looking both ways, half of the buckets are for keys behind and half for keys ahead; looking
     back only, all are for keys behind and every key ahead falls to bucket 0. Of a direction's
     buckets half hold one distance each (0, 1, 2, …); the other half share the distances up to
-    max_distance on a logarithmic scale, and the last takes all beyond.
+    max_distance on a logarithmic scale, rounded down, and the last takes all beyond.
     """
     offset = 0
     if bidirectional:

@@ -1,4 +1,4 @@
-"""Chooses a checkpoint of a run by the paper's rule, lowest XLRS, and shows why.
+"""Chooses a checkpoint of a run by the paper's rule, lowest XLRS down to a floor; shows why.
 
 `python select.py RUN` prints the run's checkpoints with the chosen one marked and writes its step
 to RUN/selected.json. With `--plot FILE` it also draws XLRS and what goes with it.

@@ -35,7 +35,7 @@ TOY_BASE = data.TOY / "base.pt"
 TOY_SIZE = MT5Config(d_model=128, d_kv=32, d_ff=256, num_layers=2, num_decoder_layers=2,
                      num_heads=4, dropout_rate=0.0)
 PARTS = ("embedding", "encoder", "decoder", "head")
-UNSEEN = 10**6  # a group of batches that no pre-training reaches: its development set
+UNSEEN = 10**6  # number of a group beyond any step (data.batches): pre-training's development set
 
 
 def parse_args(argv=None):
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     task.add_argument("--train", nargs="+", metavar="TEXT", default=["en"],
                       help="training pairs; the first language is the source (default en)")
     task.add_argument("--dev", nargs="+", metavar="TEXT",
-                      help="development pairs in the source language (default, toy: en)")
+                      help="development pairs in the source language (default, toy: that language)")
     task.add_argument("--test", nargs="+", metavar="TEXT",
                       help="test pairs (default, toy: every toy language)")
     task.add_argument("--parallel", nargs="+", metavar="TEXT",
@@ -139,7 +139,7 @@ def complete(args):
     """Return args with the defaults that depend on other arguments."""
     first = args.train[0]
     args.task = args.task or ("files" if "=" in first else
-                              "title" if args.pretrain else "completion")
+                              "title" if args.pretrain else "completion")  # title: whole stories
     args.init = args.init or ("new" if args.pretrain else str(TOY_BASE))
     if args.lr is None:
         args.lr = 2e-3 if args.pretrain else 5e-4
@@ -159,7 +159,7 @@ def complete(args):
 def train(args):
     """The whole of a run: load, learn, measure, choose, report."""
     device, dtype, why = scoring.pick_device(args.device, args.dtype)
-    rank, ranks = join(device, args)
+    rank, world_size = join(device, args)
     if rank == 0:
         print(f"device {device}, {dtype} ({why})")
     torch.manual_seed(args.seed)
@@ -169,11 +169,11 @@ def train(args):
     model.to(device)
     if args.compile:
         model.forward, model.encode = torch.compile(model.forward), torch.compile(model.encode)
-    learning = freeze(model, args.freeze)
-    optimizer = torch.optim.AdamW(learning, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
+    trainable = freeze(model, args.freeze)
+    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
     run = Run(args, model, tokenizer, optimizer, rank, device=str(device), dtype=dtype, why=why)
     objective = Objective(model, args.reg_floor)
-    if ranks > 1:
+    if world_size > 1:
         objective = DistributedDataParallel(objective)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     draw = draw_examples(texts, tokenizer, args)
@@ -203,8 +203,8 @@ def train(args):
                                                    rows_of(parallel, device))
             total = loss + args.reg * term
             optimizer.zero_grad()
-            (ranks * total).backward()  # DistributedDataParallel divides by the ranks
-            norm = torch.nn.utils.clip_grad_norm_(learning, 1.0)
+            (world_size * total).backward()  # DistributedDataParallel divides by it
+            norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
             loss, term, similarity, norm = (
                 x.item() for x in (summed(loss), term, similarity, norm))
             if not math.isfinite(loss + norm):
@@ -239,8 +239,8 @@ class Objective(torch.nn.Module):
         """Return (cross-entropy in nats a token, the regulariser's term, XLRS), scalars.
 
         batch: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (L, B, S),
-        mask), the source language first, or None. Of several processes each has its rows; the
-        cross-entropy is then this one's share of the mean, the other two are of all rows.
+        mask), the source language first, or None. In one process these are plain means; of several
+        each has its rows, the cross-entropy is its share of the mean, the other two are of all.
         """
         count = (batch[2] != data.IGNORE).sum()
         loss = self.model(*batch) * (count / summed(count))

@@ -1,5 +1,8 @@
 """The paper as functions: similarity, XLRS, regulariser, checkpoint rule, rank correlation.
 
+XLRS is Cross-Lingual Representation Similarity: how alike a model's encoder represents sentences
+and their translations.
+
 Tianjian Li and Kenton Murray, "Why Does Zero-Shot Cross-Lingual Generation Fail? An Explanation
 and a Solution", Findings of ACL 2023. What is marked "ours" is a choice of this implementation.
 
@@ -23,7 +26,7 @@ def pool(states, mask):
 
 
 def similarity(a, b):
-    """Return the cosine of each pair of sentence vectors, (B,), in [-1, 1].
+    """Return the cosine of each pair of sentence vectors, (B,), in [-1, 1] (ours).
 
     XLRS is the mean of this over the pairs of a parallel text, and then over language pairs.
     a, b (B, D): the same sentences in two languages. In float32 whatever the model's precision.
@@ -34,6 +37,7 @@ def similarity(a, b):
 def xlrs(pooled):
     """Return XLRS of the source with each other language, (L - 1,), each in [-1, 1].
 
+    A model's XLRS, one number, is the mean of these.
     pooled (L, B, D): B parallel sentences in L languages; row 0 is the source.
     """
     source, others = pooled[:1], pooled[1:]
@@ -46,7 +50,7 @@ def regulariser(pooled, floor=0.0):
         term = max(0, mean cosine of source and other languages − floor)
 
     pooled (L, B, D): B parallel sentences in L languages; row 0 is the source. Gradient flows to
-    both sides. The floor is ours: without it (floor = −1) the cheapest way to please the term is to
+    both sides. This form is ours, and so is the floor: without it (floor = −1) the cheapest way to please the term is to
     push the languages to opposite poles, where XLRS is −1 and the outputs are in no language.
     """
     if pooled.shape[0] < 2:
