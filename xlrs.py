@@ -50,8 +50,9 @@ def regulariser(pooled, floor=0.0):
         term = max(0, mean cosine of source and other languages − floor)
 
     pooled (L, B, D): B parallel sentences in L languages; row 0 is the source. Gradient flows to
-    both sides. This form is ours, and so is the floor: without it (floor = −1) the cheapest way to please the term is to
-    push the languages to opposite poles, where XLRS is −1 and the outputs are in no language.
+    both sides. This form is ours, and so is the floor: without it (floor = −1) the cheapest way to
+    please the term is to push the languages to opposite poles, where XLRS is −1 and the outputs are
+    in no language.
     """
     if pooled.shape[0] < 2:
         raise ValueError(f"the regulariser compares languages: expected at least 2, "
