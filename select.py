@@ -60,6 +60,8 @@ def plot(runs, path):
     over runs, and ROUGE-L against XLRS, a point a checkpoint, with the mean of the runs' rank
     correlations. Of the runs those that differ in --reg and the seed alone.
     """
+    import itertools
+
     import data
     import eval as scoring
     try:
@@ -78,7 +80,7 @@ def plot(runs, path):
     for row, (task, methods) in zip(axes, groups.items()):
         for ax, (x, y) in zip(row, [("step", "XLRS"), ("step", "wrong %"), ("XLRS", "ROUGE-L")]):
             ax.set(xlabel=x, ylabel=y, title=task)
-        for name, style in zip(sorted(methods), ("k--o", "k-s", "k:^", "k-.v")):
+        for name, style in zip(sorted(methods), itertools.cycle(("k--o", "k-s", "k:^", "k-.v"))):
             curves = {}  # step -> scores, a run each
             for run in methods[name]:
                 for checkpoint in [run["base"], *run["checkpoints"]]:
