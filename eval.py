@@ -590,7 +590,7 @@ def choose_checkpoint(folder, by=None):
     """Return the row of a run's chosen checkpoint, and write its step to selected.json.
 
     by: as in best_row; by default "xlrs" where the run measured it, else "dev", else the last.
-    XLRS counts down to the run's own floor.
+    XLRS counts down to the run's own floor; where the base is there already, that is printed.
     """
     args, rows = read_run(folder)
     if not rows:
@@ -598,6 +598,10 @@ def choose_checkpoint(folder, by=None):
     by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
     with data.naming(folder):
         row = rows[-1] if by == "last" else best_row(rows, by, args.reg_floor)
+    if by == "xlrs" and (start := mean(rows[0]["xlrs"].values())) <= args.reg_floor:
+        print(f"{folder}: XLRS of the base, {start:.3f}, is not above --reg-floor "
+              f"{args.reg_floor:g}: there is little to choose by; set a lower floor, or take --by "
+              "dev")
     chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
     data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
     return row

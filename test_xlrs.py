@@ -1662,6 +1662,17 @@ def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(small_run):
     assert (folder / "scores.json").read_text() == before
 
 
+@pytest.mark.parametrize("similarity, words", [(0.31, False), (0.29, True)])
+def test_select_says_when_the_base_is_below_the_floor_already(tmp_path, capsys, similarity, words):
+    folder = write_run(tmp_path / "run")
+    log = (folder / "log.jsonl").read_text().replace('{"de": 0.5}', f'{{"de": {similarity}}}')
+    (folder / "log.jsonl").write_text(log)
+    selecting().main([str(folder)])
+    assert ("not above --reg-floor 0.3" in capsys.readouterr().out) == words
+    selecting().main([str(folder), "--by", "dev"])
+    assert "floor" not in capsys.readouterr().out
+
+
 def test_a_run_goes_on_to_the_same_weights_after_it_was_cut_off(small_run, tmp_path):
     folder, _ = small_run
     cut_off = tmp_path / "cut"

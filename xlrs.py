@@ -51,8 +51,8 @@ def regulariser(pooled, floor=0.0):
 
     pooled (L, B, D): B parallel sentences in L languages; row 0 is the source. Gradient flows to
     both sides. This form is ours, and so is the floor: without it (floor = −1) the cheapest way to
-    please the term is to push the languages to opposite poles, where XLRS is −1 and the outputs are
-    in no language.
+    please the term is to push the languages to opposite poles, where XLRS is −1 and many outputs
+    are in a wrong language.
     """
     if pooled.shape[0] < 2:
         raise ValueError(f"the regulariser compares languages: expected at least 2, "
