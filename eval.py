@@ -772,21 +772,15 @@ def method(run):
     return " ".join(words) or "--reg 0"
 
 
-def on_source(run, row, kind):
-    """Return the score of a checkpoint in the source language, NaN where it was not tested."""
-    return row["test"].get(run["train"][0].partition("=")[0], {}).get(kind, float("nan"))
-
-
-def on_targets(run, row, kind):
-    """Return the mean score of a checkpoint over the languages that the run did not train on."""
-    source = run["train"][0].partition("=")[0]
-    return mean(scores[kind] for lang, scores in row["test"].items() if lang != source)
-
-
 def scores_of(run, row):
-    """Return {column: number} of a checkpoint, `row` of a run."""
-    return {**{name: on_targets(run, row, kind) for name, kind in SCORES.items()},
-            "source ROUGE-L": on_source(run, row, "rougeL"),
+    """Return {column: number} of a checkpoint, `row` of a run.
+
+    Means over the languages that the run did not train on; NaN where the source was not tested.
+    """
+    source = run["train"][0].partition("=")[0]
+    targets = [scores for lang, scores in row["test"].items() if lang != source]
+    return {**{name: mean(scores[kind] for scores in targets) for name, kind in SCORES.items()},
+            "source ROUGE-L": row["test"].get(source, {}).get("rougeL", math.nan),
             "XLRS": mean(row["xlrs"].values()),
             "XLRS mismatched": mean(row["xlrs_mismatched"].values())}
 
@@ -804,28 +798,33 @@ def by_rule(run, _):
     picks = {"XLRS down to the floor": best_row(rows, "xlrs", run["reg_floor"]),
              "lowest XLRS": best_row(rows, "xlrs"), "best dev": best_row(rows, "dev"),
              "last step": rows[-1],
-             "oracle": max(rows, key=lambda row: on_targets(run, row, "rougeL"))}
-    return {name: on_targets(run, row, "rougeL") for name, row in picks.items()}
+             "oracle": max(rows, key=lambda row: scores_of(run, row)["ROUGE-L"])}
+    return {name: scores_of(run, row)["ROUGE-L"] for name, row in picks.items()}
 
 
 def within_run(run, _):
     """Return {score: its rank correlation with XLRS over the checkpoints of a run}."""
-    similarity = [mean(row["xlrs"].values()) for row in run["checkpoints"]]
-    return {f"{name} (rho)": spearman(similarity, [on_targets(run, row, SCORES[name])
-                                                   for row in run["checkpoints"]])
+    scores = [scores_of(run, row) for row in run["checkpoints"]]
+    similarity = [numbers["XLRS"] for numbers in scores]
+    return {f"{name} (rho)": spearman(similarity, [numbers[name] for numbers in scores])
             for name in ("ROUGE-L", "wrong %")}
 
 
-def print_means(title, heads, entries):
+def print_means(title, heads, checkpoints, measure=scores_of):
     """Print a table: mean ± 95 % interval over runs, then of the mean over the tasks.
 
-    entries: (task, *rest of the row's head, seed, {column: number}) for each run; heads names the
-    head's columns. Tasks are averaged seed by seed, where a seed has them all.
+    checkpoints: (run, row) pairs; measure(run, row) returns {column: number}. heads: what a row of
+    the table has in common, the task first. Tasks are averaged seed by seed, where a seed has them
+    all.
     """
     groups, seeds = {}, {}
-    for task, *rest, seed, numbers in entries:
+    for run, row in checkpoints:
+        known = {"task": run["task"], "lr": f"{run['lr']:g}", "method": method(run),
+                 "step": row["step"]}
+        task, *rest = (known[head] for head in heads)
+        numbers = measure(run, row)
         groups.setdefault((task, *rest), []).append(numbers)
-        seeds.setdefault((*rest, seed), {})[task] = numbers
+        seeds.setdefault((*rest, run["seed"]), {})[task] = numbers
     tasks = {task for task, *_ in groups}
     for (*rest, _), by_task in seeds.items():
         if len(by_task) == len(tasks) > 1:
@@ -857,7 +856,7 @@ def chosen_row(run):
 
 
 def at_its_best(runs):
-    """Yield (method, run, checkpoint) at the learning rate and step that serve each task best.
+    """Return (run, checkpoint) pairs at the learning rate and step that serve each task best.
 
     Best is the highest target ROUGE-L, mean over seeds, on the test set itself: more than anybody
     could choose, so that no method is called ahead of a badly tuned one.
@@ -867,25 +866,24 @@ def at_its_best(runs):
         for row in run["checkpoints"]:
             choices.setdefault((run["task"], method(run)), {}).setdefault(
                 (run["lr"], row["step"]), []).append((run, row))
-    for (_, name), by_choice in choices.items():
-        best = max(by_choice.values(), key=lambda pairs: mean(
-            on_targets(run, row, "rougeL") for run, row in pairs))
-        yield from ((name, run, row) for run, row in best)
+    return [pair for by_choice in choices.values() for pair in max(
+        by_choice.values(), key=lambda pairs: mean(
+            scores_of(run, row)["ROUGE-L"] for run, row in pairs))]
 
 
-def headline(rows, name):
+def headline(checkpoints, name):
     """Return how far a method is from `--reg 0`, cells of a table: before -> after (difference).
 
-    rows: (method, run, checkpoint). Means over the languages that both are judged on and over the
+    checkpoints: (run, row) pairs. Means over the languages that both are judged on and over the
     tasks, of the seeds that have them all; the difference seed by seed, with its 95 % interval.
     """
-    rows = [row for row in rows if row[0] in ("--reg 0", name)]
-    tasks = {run["task"] for _, run, _ in rows}
-    judged = set.intersection(*(set(row["test"]) for *_, row in rows))
+    pairs = [(run, row) for run, row in checkpoints if method(run) in ("--reg 0", name)]
+    tasks = {run["task"] for run, _ in pairs}
+    judged = set.intersection(*(set(row["test"]) for _, row in pairs))
     found = {}  # (method, seed) -> {task: {column: number}}
-    for kind, run, row in rows:
+    for run, row in pairs:
         tests = {lang: row["test"][lang] for lang in judged}
-        found.setdefault((kind, run["seed"]), {})[run["task"]] = scores_of(
+        found.setdefault((method(run), run["seed"]), {})[run["task"]] = scores_of(
             run, {**row, "test": tests})
     seeds = [seed for kind, seed in found if kind == name and all(
         set(found.get((either, seed), ())) == tasks for either in ("--reg 0", name))]
@@ -938,42 +936,34 @@ def compare(paths, out=None):
     if out:
         lines = [json.dumps(run, ensure_ascii=False) for run in runs]
         data.write_file(out, "[" + ",\n".join(lines) + "]\n")
-    at_usual = at_usual_rate(runs)
-    heads = ["task", "lr", "method"]
-
-    def entries(measure, only=runs):
-        return [(run["task"], f"{run['lr']:g}", method(run), run["seed"],
-                 measure(run, run["checkpoints"][-1])) for run in only]
-
-    best = list(at_its_best(runs))
-    methods = list(dict.fromkeys(method(run) for run in at_usual))
-    chosen, last = ([(method(run), run, pick(run)) for run in at_usual]
-                    for pick in (chosen_row, lambda run: run["checkpoints"][-1]))
-    for name in methods:
-        if name != "--reg 0" and headline(last, name)[0]:
+    usual = at_usual_rate(runs)
+    picked = {"last step": [(run, run["checkpoints"][-1]) for run in usual],
+              "chosen checkpoint": [(run, chosen_row(run)) for run in usual],
+              "each at its best": at_its_best(runs)}
+    for name in dict.fromkeys(map(method, usual)):
+        if name != "--reg 0" and headline(picked["last step"], name)[0]:
             print(f"\n--reg 0 -> {name} (difference ± 95 % interval over seeds), "
                   "mean over the tasks:")
-            table([["last step", *headline(last, name)],
-                   ["chosen checkpoint", *headline(chosen, name)],
-                   ["each at its best", *headline(best, name)]],
+            table([[title, *headline(checkpoints, name)] for title, checkpoints in picked.items()],
                   ["", "seeds", "source %", "source %", "wrong %", "ROUGE-L", "loops %",
                    "source ROUGE-L"])
-    print_means("At the last step:", heads, entries(scores_of))
+
+    last = [(run, run["checkpoints"][-1]) for run in runs]
+    heads = ["task", "lr", "method"]
+    print_means("At the last step:", heads, last)
     print_means("At the checkpoint chosen by XLRS where --reg is on, else by source dev loss:",
-                heads, entries(lambda run, _: {"step": chosen_row(run)["step"],
-                                               **scores_of(run, chosen_row(run))}))
-    print_means("At the last step, by language:", heads, entries(by_language, at_usual))
+                heads, [(run, chosen_row(run)) for run in runs],
+                lambda run, row: {"step": row["step"], **scores_of(run, row)})
+    print_means("At the last step, by language:", heads, picked["last step"], by_language)
     print_means("At the learning rate and step that are best on the test set:", ["task", "method"],
-                [(run["task"], name, run["seed"], {"lr / 1e-4": run["lr"] * 1e4,
-                                                   "step": row["step"], **scores_of(run, row)})
-                 for name, run, row in best])
-    print_means(f"Step by step, learning rate {at_usual[0]['lr']:g}:", ["task", "method", "step"],
-                [(run["task"], method(run), row["step"], run["seed"], scores_of(run, row))
-                 for run in at_usual if method(run).startswith("--reg")
+                picked["each at its best"], lambda run, row: {
+                    "lr / 1e-4": run["lr"] * 1e4, "step": row["step"], **scores_of(run, row)})
+    print_means(f"Step by step, learning rate {usual[0]['lr']:g}:", ["task", "method", "step"],
+                [(run, row) for run in usual if method(run).startswith("--reg")
                  for row in [run["base"], *run["checkpoints"]]])
-    print_means("ROUGE-L of the checkpoint chosen by each rule:", heads, entries(by_rule))
-    print_means("Spearman's rank correlation with XLRS over the checkpoints of a run:", heads,
-                entries(within_run))
+    print_means("ROUGE-L of the checkpoint chosen by each rule:", heads, last, by_rule)
+    print_means("Spearman's rank correlation with XLRS over the checkpoints of a run:", heads, last,
+                within_run)
     print("\nSpearman's rank correlation with XLRS over runs, at the last step:")
     table(across_runs(runs), ["task", "method", "runs", "ROUGE-L", "wrong %"])
 

@@ -1852,9 +1852,9 @@ def test_the_headline_is_the_mean_over_tasks_of_seeds_that_have_them_all():
     def row(task, reg, seed, english, rouge):
         scores = dict(rougeL=rouge, wrong_language=english, source_language=english, mixed=0.,
                       loops=0.)
-        return (f"--reg {reg:g}", dict(task=task, train=["en"], seed=seed),
-                dict(test={"en": scores, "de": scores}, xlrs={"de": 0.5},
-                     xlrs_mismatched={"de": 0.4}))
+        run = dict(task=task, train=["en"], reg=reg, reg_floor=0.3, freeze=[], mix=[], seed=seed)
+        return run, dict(test={"en": scores, "de": scores}, xlrs={"de": 0.5},
+                         xlrs_mismatched={"de": 0.4})
 
     rows = [row("title", 0, 1, 40., 50.), row("summary", 0, 1, 20., 70.),
             row("title", 0.1, 1, 6., 60.), row("summary", 0.1, 1, 0., 72.),
