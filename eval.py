@@ -754,11 +754,9 @@ def read_runs(paths):
         where = f"{path}: not a run folder, nor what --compare --out wrote"
         found = [summarise(path)] if path.is_dir() else data.parse(path.read_bytes(), where, [RUN])
         runs += data.check(found, where, [RUN])
-        try:
+        with data.naming(path):
             for run, by in itertools.product(found, MEASURES):
                 best_row(run["checkpoints"], by)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
     return runs
 
 
