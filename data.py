@@ -726,22 +726,19 @@ def columns(args):
     return fields
 
 
-def named(word):
-    """Return (language, path) of LANG=FILE, (language, None) of LANG alone."""
-    language, equals, path = word.partition("=")
-    if not language or (equals and not path):
-        raise ValueError(f"expected LANG or LANG=FILE, found {word!r}")
-    if not equals:
-        world(language)  # raises ValueError where the toy world lacks it
-    return language, path or None
-
-
 def by_language(words):
-    """Return {language: path, or None for the toy world} of words, LANG or LANG=FILE."""
-    pairs = [named(word) for word in words or ()]
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError(f"expected each language once, found {' '.join(words)}")
-    return dict(pairs)
+    """Return {language: path, or None for the toy world} of words, LANG=FILE or LANG alone."""
+    paths = {}
+    for word in words or ():
+        language, equals, path = word.partition("=")
+        if not language or (equals and not path):
+            raise ValueError(f"expected LANG or LANG=FILE, found {word!r}")
+        if language in paths:
+            raise ValueError(f"expected each language once, found {' '.join(words)}")
+        if not equals:
+            world(language)  # raises ValueError where the toy world lacks it
+        paths[language] = path or None
+    return paths
 
 
 def languages(args):

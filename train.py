@@ -456,7 +456,7 @@ class Run:
 
 def free_folder(args):
     """Return a folder below runs/ that does not hold a run yet, named after the arguments."""
-    languages = "-".join(data.named(word)[0] for word in args.train)
+    languages = "-".join(data.by_language(args.train))
     name = "pretrain" if args.pretrain else f"{args.task}-{languages}-reg{args.reg:g}"
     for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
