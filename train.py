@@ -42,6 +42,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Fine-tune mT5 in one language; measure and regularise XLRS.",
         epilog="TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE.")
+    positive, share = scoring.bounded(int, 1), scoring.bounded(float, 0, 1)
     task = parser.add_argument_group("task and text")
     task.add_argument("--task", choices=[*data.TASKS, "files"],
                       help="task of the toy world (default completion; files where --train names "
@@ -55,9 +56,9 @@ def parse_args(argv=None):
     task.add_argument("--parallel", nargs="+", metavar="TEXT",
                       help="parallel text, for XLRS and the regulariser: aligned lines, a file a "
                            "language, first the source (default, toy: every toy language)")
-    task.add_argument("--train-size", type=scoring.bounded(int, 1), metavar="N",
+    task.add_argument("--train-size", type=positive, metavar="N",
                       help="training pairs a language (default: all of a file, 4000 toy stories)")
-    task.add_argument("--test-size", type=scoring.bounded(int, 1), metavar="N",
+    task.add_argument("--test-size", type=positive, metavar="N",
                       help="test texts a language (default: all of a file, 200 toy stories)")
     task.add_argument("--fields", metavar="SOURCE,TARGET", default="source,target",
                       help="column names in JSONL, TSV and CSV files (default source,target)")
@@ -65,7 +66,7 @@ def parse_args(argv=None):
                       help="longest source in tokens; longer ones are cut (default %(default)s)")
     task.add_argument("--max-target", type=scoring.bounded(int, 2), metavar="N",
                       help="longest target in tokens, also in generation (default 64, toy 32)")
-    task.add_argument("--num-beams", type=scoring.bounded(int, 1), default=1, metavar="N",
+    task.add_argument("--num-beams", type=positive, default=1, metavar="N",
                       help="beams in generation (default %(default)s: greedy)")
     model = parser.add_argument_group("model")
     model.add_argument("--init", metavar="CHECKPOINT",
@@ -82,7 +83,7 @@ def parse_args(argv=None):
     method.add_argument("--reg-floor", type=scoring.bounded(float, -1, 1), default=scoring.FLOOR,
                         metavar="COSINE", help="similarity that is low enough, for the "
                         "regulariser and for choosing (default %(default)s; -1: no floor)")
-    method.add_argument("--reg-batch", type=scoring.bounded(int, 1), default=8, metavar="N",
+    method.add_argument("--reg-batch", type=positive, default=8, metavar="N",
                         help="parallel sentences a step, each in every language (default "
                              "%(default)s)")
     method.add_argument("--freeze", nargs="+", choices=PARTS, default=[], metavar="PART",
@@ -90,34 +91,32 @@ def parse_args(argv=None):
     method.add_argument("--mix", nargs="+", default=[], metavar="TEXT",
                         help="unlabelled text mixed in as span corruption: LANG for toy pages, or "
                              "LANG=FILE of lines (default none)")
-    method.add_argument("--mix-share", type=scoring.bounded(float, 0, 1), default=0.25,
-                        metavar="SHARE",
+    method.add_argument("--mix-share", type=share, default=0.25, metavar="SHARE",
                         help="share of examples that are of --mix (default %(default)s)")
     method.add_argument("--pretrain", action="store_true",
                         help="span corruption instead of a task; --train names the text")
-    method.add_argument("--bilingual", type=scoring.bounded(float, 0, 1), default=0.5,
-                        metavar="SHARE",
+    method.add_argument("--bilingual", type=share, default=0.5, metavar="SHARE",
                         help="share of bilingual pages in toy pre-training (default %(default)s)")
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--lr", type=scoring.bounded(float, 0), metavar="LR",
                        help="AdamW's learning rate (default 5e-4, with --pretrain 2e-3; 1e-4 is "
                             "usual for mT5-small)")
-    steps.add_argument("--steps", type=scoring.bounded(int, 1), metavar="N",
+    steps.add_argument("--steps", type=positive, metavar="N",
                        help="updates (default 100, with --pretrain 12000)")
     steps.add_argument("--warmup", type=scoring.bounded(int, 0), default=20, metavar="N",
                        help="steps of linear warm-up (default %(default)s)")
-    steps.add_argument("--batch-size", type=scoring.bounded(int, 1), default=32, metavar="N",
+    steps.add_argument("--batch-size", type=positive, default=32, metavar="N",
                        help="pairs a step (default %(default)s)")
     steps.add_argument("--dropout", type=scoring.bounded(float, 0, 0.99), metavar="P",
                        help="dropout in training, a probability (default that of the checkpoint)")
     steps.add_argument("--seed", type=scoring.bounded(int, 0, 2**63 - 1), default=0, metavar="N",
                        help="of all that is random (default %(default)s)")
     run = parser.add_argument_group("run")
-    run.add_argument("--eval-every", type=scoring.bounded(int, 1), metavar="N",
+    run.add_argument("--eval-every", type=positive, metavar="N",
                      help="steps between checkpoints (default: a tenth of --steps)")
-    run.add_argument("--eval-size", type=scoring.bounded(int, 1), default=100, metavar="N",
+    run.add_argument("--eval-size", type=positive, default=100, metavar="N",
                      help="sentences a language scored at each checkpoint (default %(default)s)")
-    run.add_argument("--keep", type=scoring.bounded(int, 1), metavar="N",
+    run.add_argument("--keep", type=positive, metavar="N",
                      help="keep the last N checkpoints, the base and the best (default all)")
     run.add_argument("--out", metavar="FOLDER", help="run folder (default runs/NAME)")
     run.add_argument("--resume", action="store_true", help="go on with the run in --out")
