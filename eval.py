@@ -25,7 +25,6 @@ from model import load
 from xlrs import choose, pool, spearman, xlrs
 
 FLOOR = 0.3  # the default of --reg-floor, a cosine
-LONG = 10_000  # texts from which a progress bar is shown
 LID = data.TOY / "lid.bin"
 
 # ROUGE-L ------------------------------------------------------------------------------------------
@@ -72,7 +71,7 @@ def rouge_l(predictions, references):
                          f"and {len(predictions)}")
     scores = []
     for prediction, reference in tqdm(zip(predictions, references), total=len(references),
-                                      desc="ROUGE-L", leave=False, disable=len(references) < LONG):
+                                      desc="ROUGE-L", leave=False, delay=1):  # shown after 1 s
         a, b = tokens(prediction), tokens(reference)
         scores.append(2 * lcs(a, b) / (len(a) + len(b)) if a and b else 0.)
     return torch.tensor(scores)
@@ -241,6 +240,12 @@ class LanguageIdentifier:
 
     def evidence(self, texts):
         """Return the score of each text in each language, (N, L) float, nats above no evidence."""
+        groups = tqdm(in_groups(texts), desc="languages", leave=False, delay=1)
+        found = [self.evidence_of_group(group) for group in groups]
+        return torch.cat(found or [torch.zeros(0, len(self.languages))])
+
+    def evidence_of_group(self, texts):
+        """Return the same of few texts, all at once."""
         sums, rare = np.zeros((len(texts), len(self.columns))), []
         for buckets, owner in ngrams(texts):
             row = self.index.take(buckets)  # faster than self.index[buckets]
@@ -276,11 +281,7 @@ class LanguageIdentifier:
         candidates: the only languages that may be answered; all others get -inf.
         """
         chosen = self.choice(candidates)
-        batches = in_groups(texts)
-        found = [self.evidence(batch).masked_fill(~chosen, -torch.inf)
-                 for batch in tqdm(batches, desc="languages", leave=False,
-                                   disable=len(texts) < LONG)]
-        return torch.cat(found or [torch.zeros(0, len(chosen))]).log_softmax(dim=1)
+        return self.evidence(texts).masked_fill(~chosen, -torch.inf).log_softmax(dim=1)
 
     def predict(self, texts, candidates=None):
         """Return the most probable language of each text; `und` where there is no letter."""
@@ -300,7 +301,7 @@ class LanguageIdentifier:
         flat = [word for line in words for word in line]
         if target == source or not flat:
             return torch.zeros(len(texts))
-        found = torch.cat([self.evidence(group) for group in in_groups(flat)])
+        found = self.evidence(flat)
         gain = found[:, self.languages.index(source)] - found[:, self.languages.index(target)]
         small = torch.tensor([word == word.lower() for word in flat])
         hits = ((gain > MIXED) & small).float().split([len(line) for line in words])
