@@ -188,7 +188,7 @@ def train(args):
                     **measure(model, tokenizer, texts, draw, args, autocast))
             run.remove_old_checkpoints()
 
-    with interruptible(run):
+    try:
         measure_if_due()
         steps = tqdm(range(run.done + 1, args.steps + 1), initial=run.done, total=args.steps,
                      desc="training", disable=rank > 0)
@@ -216,6 +216,10 @@ def train(args):
                         tokens_per_s=int(batch[1].sum() / (time.perf_counter() - began)))
             steps.set_postfix(loss=f"{loss:.3f}", refresh=False)
             measure_if_due()
+    except (KeyboardInterrupt, *lost_contact()):  # of SIGTERM or Ctrl-C, see main()
+        with undisturbed():
+            run.save()  # the last finished step
+        raise
     if rank > 0:
         return
     if args.pretrain:
@@ -477,17 +481,6 @@ def seed_of(*numbers):
 
 
 # Being stopped.
-
-@contextlib.contextmanager
-def interruptible(run):
-    """Let SIGTERM and Ctrl-C end the run once its last finished step has been saved."""
-    try:
-        yield
-    except (KeyboardInterrupt, *lost_contact()):
-        with undisturbed():
-            run.save()
-        raise
-
 
 @contextlib.contextmanager
 def undisturbed():
