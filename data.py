@@ -364,23 +364,18 @@ def read_parallel(paths):
 
 # Batches.
 
-def cut(ids, longest):
-    """Return ids, the end cut off where there are more than longest; `</s>` stays the last."""
-    return ids if len(ids) <= longest else ids[:longest - 1] + [EOS]
-
-
 def encode(text, tokenizer, longest):
-    """Return the ids of text cut to longest, without tokenizing a long text to its end.
+    """Return the ids of text, the end cut off where there are more than longest; `</s>` is last.
 
-    Enough of its start is tokenized for twice as many ids: where that start ends changes the last
-    pieces before it, not those that are kept.
+    A long text is not tokenized to its end. Enough of its start is for twice as many ids: where
+    that start ends changes the last pieces before it, not those that are kept.
     """
     letters = 16 * longest
     ids = tokenizer.encode(text[:letters])
     while letters < len(text) and len(ids) < 2 * longest:
         letters *= 2
         ids = tokenizer.encode(text[:letters])
-    return cut(ids, longest)
+    return ids if len(ids) <= longest else ids[:longest - 1] + [EOS]
 
 
 def pad(sequences, value=PAD):
