@@ -100,8 +100,6 @@ class MT5(nn.Module):
         Each keeps the variance of what passes through it at one; a query's also carries the
         factor K^-0.5 that mT5 leaves out of its scores.
         """
-        if self.head.weight.is_meta:  # sizes only: there are no numbers to draw
-            return
         width, inner = self.config.d_model, self.config.num_heads * self.config.d_kv
         std = {
             "embedding": 1.0,
