@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.norm = Norm(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
         self.max_distance = config.relative_attention_max_distance
 
     def forward(self, x, mask):
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
         self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.norm = Norm(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
         self.max_distance = config.relative_attention_max_distance
 
     def causal_bias(self, length):
@@ -255,7 +255,7 @@ class EncoderLayer(nn.Module):
         self.attention_norm = Norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = Norm(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x, tokens, bias):
         """Return (N, D) from x (N, D), the source's real tokens."""
@@ -272,7 +272,7 @@ class DecoderLayer(nn.Module):
         self.cross_norm = Norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = Norm(config)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x, target, bias, source_kv, source_bias, cache=None, t=None):
         """Return (N, D) from x (N, D), the target's real tokens, or, with a cache, those at t.
@@ -295,7 +295,7 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         inner = config.num_heads * config.d_kv  # mT5-small's is not d_model
-        self.heads, self.dropout = config.num_heads, Dropout(config.dropout_rate)
+        self.heads, self.dropout = config.num_heads, nn.Dropout(config.dropout_rate)
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
@@ -351,7 +351,7 @@ def attend(q, k, v, bias, dropout):
     the faster one on a GPU, and on a CPU where the bias needs no gradient.
     """
     if q.is_cuda or not torch.is_grad_enabled():
-        rate = dropout.rate if dropout.training else 0.0
+        rate = dropout.p if dropout.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=rate, scale=1.0)
     else:
         out = dropout((q @ k.mT + bias).softmax(dim=-1)).to(v.dtype) @ v
@@ -366,7 +366,7 @@ class FeedForward(nn.Module):
         self.gate = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.up = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=False)
-        self.dropout = Dropout(config.dropout_rate)
+        self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x):
         return self.down(self.dropout(F.gelu(self.gate(x), approximate="tanh") * self.up(x)))
@@ -382,28 +382,6 @@ class Norm(nn.Module):
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-class Dropout(nn.Module):
-    """Sets a share of the elements to zero, rate of them on average, and scales the others up.
-
-    On a CPU torch draws a number in [0, 1) for each element, a quarter of the time of a training
-    step of a small model. Sixteen random bits are enough, and an integer of 64 serves four.
-    """
-
-    def __init__(self, rate):
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x):
-        if not self.training or not self.rate:
-            return x
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return F.dropout(x, self.rate)
-        bits = torch.empty(x.numel() // 4 + 1, dtype=torch.int64).random_(-2**63, None)
-        bits = bits.view(torch.int16)[:x.numel()].view(x.shape)
-        kept = bits >= round(self.rate * 2**16) - 2**15
-        return x * kept.to(x.dtype).mul_(1 / (1 - self.rate))
 
 
 def position_bias(table, length, max_distance, bidirectional):

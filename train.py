@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import data
 import eval as scoring
-from model import MT5, SIZES, Dropout, MT5Config, load, read_checkpoint, save
+from model import MT5, SIZES, MT5Config, load, read_checkpoint, save
 from xlrs import pool, regulariser, xlrs
 
 TOY_BASE = data.TOY / "base.pt"
@@ -266,8 +266,8 @@ def start(args, texts):
         model, tokenizer = load(args.init)
     if args.dropout is not None:
         for module in model.modules():
-            if isinstance(module, Dropout):
-                module.rate = args.dropout
+            if isinstance(module, torch.nn.Dropout):
+                module.p = args.dropout
     return model, tokenizer
 
 
