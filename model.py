@@ -8,8 +8,8 @@ What makes mT5 (the T5 1.1 architecture) not the Transformer of the textbook:
 - feed-forward gated by a tanh-GELU; the output head is neither tied to the embedding nor scaled.
 
 Shapes: B sentences, S source tokens, T target tokens, D width, H heads, K width of a head,
-V vocabulary; N the real tokens of a batch, in generation the beams of a sentence. A mask is True at
-real tokens.
+V vocabulary; N the real tokens of a batch; W beams of a sentence, one in greedy generation. A mask
+is True at real tokens.
 """
 
 import argparse
@@ -466,7 +466,7 @@ class HeadLoss(torch.autograd.Function):
 
 
 class Memory:
-    """The key-value cache of generation, token by token, for N beams of each of B sentences.
+    """The key-value cache of generation, token by token, for W beams of each of B sentences.
 
     Keys and values of the source are computed once and shared by a sentence's beams; those of the
     target stand in caches that have their full length from the start.
@@ -486,7 +486,7 @@ class Memory:
             layers, 2, sentences * num_beams, heads, length, width)
 
     def step(self, tokens):
-        """Return the scores of what follows tokens, (B, N, V) from (B, N): one step on."""
+        """Return the scores of what follows tokens, (B, W, V) from (B, W): one step on."""
         target = Tokens(torch.ones_like(tokens, dtype=torch.bool))
         x = target.pack(self.model.embedding(tokens))
         bias = self.bias[:, :, self.t:self.t + 1, :self.t + 1]
@@ -530,14 +530,14 @@ def beam_search(model, states, mask, max_new_tokens, num_beams):
     """Return the ids (B, T) of the best ended beam by its mean log-probability per token.
 
     The rules are those of transformers' default (length_penalty 1, early_stopping False): of the
-    2N best continuations those among the first N that end are kept as results, the N best others
-    go on; a sentence is done when it has N results and its best beam's mean so far is no better
+    2W best continuations those among the first W that end are kept as results, the W best others
+    go on; a sentence is done when it has W results and its best beam's mean so far is no better
     than the worst of them. What is cut off at max_new_tokens counts as ended.
     """
     memory = Memory(model, states, mask, num_beams, max_new_tokens)
     rows = torch.arange(len(states), device=states.device)  # the sentences still going
     result = torch.full((len(rows), max_new_tokens), PAD, device=states.device)
-    ids = result[:, None].repeat(1, num_beams, 1)  # (B, N, longest T)
+    ids = result[:, None].repeat(1, num_beams, 1)  # (B, W, longest T)
     ended, ended_scores = ids.clone(), torch.full(ids.shape[:2], -math.inf, device=ids.device)
     scores = ended_scores.clone()
     scores[:, 0] = 0  # all beams start alike: the first step goes on from one of them
@@ -545,9 +545,9 @@ def beam_search(model, states, mask, max_new_tokens, num_beams):
 
     for t in range(max_new_tokens):
         logits = memory.step(token).float()
-        best, token = logits.topk(2 * num_beams)  # (B, N, 2N): no other can be among the 2N best
+        best, token = logits.topk(2 * num_beams)  # (B, W, 2W): no other can be among the 2W best
         best = best - logits.logsumexp(dim=-1, keepdim=True) + scores[:, :, None]
-        best, order = best.flatten(1).topk(2 * num_beams)  # (B, 2N)
+        best, order = best.flatten(1).topk(2 * num_beams)  # (B, 2W)
         token, parent = token.flatten(1).gather(1, order), order // (2 * num_beams)
         candidates = pick(ids, parent)
         candidates[:, :, t] = token
@@ -572,7 +572,7 @@ def beam_search(model, states, mask, max_new_tokens, num_beams):
 
 
 def pick(sequences, order):
-    """Return sequences (B, N, T) in the order (B, M) given for each sentence, (B, M, T)."""
+    """Return sequences (B, W, T) in the order (B, M) given for each sentence, (B, M, T)."""
     return sequences.gather(1, order[:, :, None].expand(-1, -1, sequences.shape[-1]))
 
 
