@@ -76,7 +76,7 @@ class Tokenizer:
         """Return the sorted ids that texts need, and those that any text may need.
 
         The latter are single characters, bytes, special pieces and sentinels. All but the
-        characters have a score of 0, which no learnt piece has.
+        characters have a score of 0, which no learnt piece of mT5 has.
         """
         ids = {i for i in range(len(self))
                if self.pieces.get_score(i) == 0 or len(self.pieces.id_to_piece(i)) == 1}
@@ -153,7 +153,8 @@ def train_tokenizer(lines, vocab_size):
     return Tokenizer(model.getvalue())
 
 
-# Readers of users' files. Every mistake is a ValueError that names file and line.
+# Readers of users' files. A mistake is a ValueError that names the file and, where there is one,
+# the line; a file that cannot be opened is an OSError.
 
 # JSON is checked by `parse` and `check`; how they do it can be skipped on a first reading.
 
@@ -367,8 +368,8 @@ def read_parallel(paths):
 def encode(text, tokenizer, longest):
     """Return the ids of text, the end cut off where there are more than longest; `</s>` is last.
 
-    A long text is not tokenized to its end. Enough of its start is for twice as many ids: where
-    that start ends changes the last pieces before it, not those that are kept.
+    A long text is not tokenized to its end, only until there are twice as many ids as are kept:
+    where that start breaks off changes the last pieces before it, not those that are kept.
     """
     letters = 16 * longest
     ids = tokenizer.encode(text[:letters])

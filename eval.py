@@ -190,7 +190,7 @@ def bucket_of(value, order):
 
 
 def in_groups(texts):
-    """Return texts in lists, in order, of at most BATCH texts or about LETTERS letters."""
+    """Return texts in lists, in order, of at most BATCH texts and about LETTERS letters."""
     places = ((number // BATCH, letters // LETTERS) for number, letters in enumerate(
         itertools.accumulate(map(len, texts))))
     groups = itertools.groupby(zip(places, texts), key=lambda pair: pair[0])
@@ -206,7 +206,8 @@ class LanguageIdentifier:
     equally many letters, and every language as likely beforehand. The weights are ours: n-grams
     overlap. What the table has never seen says nothing. A language's score is that of its best
     column: Serbian, Chinese and Persian have two.
-    path: a table that `python eval.py --train-lid` wrote; raises ValueError where it is not.
+    path: a table that `python eval.py --train-lid` wrote. Raises FileNotFoundError where there is
+    none, ValueError for other bytes.
     """
 
     def __init__(self, path=LID):
@@ -944,7 +945,7 @@ def compare(paths, out=None):
             print(f"\n--reg 0 -> {name} (difference ± 95 % interval over seeds), "
                   "mean over the tasks:")
             table([[title, *headline(checkpoints, name)] for title, checkpoints in picked.items()],
-                  ["", "seeds", "source %", "source %", "wrong %", "ROUGE-L", "loops %",
+                  ["", "seeds", "source % by", "source %", "wrong %", "ROUGE-L", "loops %",
                    "source ROUGE-L"])
 
     last = [(run, run["checkpoints"][-1]) for run in runs]
@@ -994,7 +995,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language.",
         epilog="TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE. "
-               "What is not given is as in the run; for a checkpoint as in train.py.")
+               "What is not given is as in the run; for a checkpoint as train.py has it in the "
+               "toy world (answers of at most 32 tokens).")
     model = parser.add_argument_group("score a model")
     model.add_argument("model", nargs="?", metavar="CHECKPOINT|RUN", help="what to score")
     model.add_argument("--by", choices=["xlrs", "dev"], help="choose the run's checkpoint anew")

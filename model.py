@@ -3,7 +3,7 @@
 What makes mT5 (the T5 1.1 architecture) not the Transformer of the textbook:
 - no position embeddings: a learnt number per head and bucket of distances is added to the scores
   of self-attention; one table a stack, shared by its layers; none in cross-attention;
-- scores are not divided by the square root of the width: the initialisation takes care of it;
+- scores are not divided by √K, the root of a head's width: the initialisation takes care of it;
 - norms come before each block, scale only (no mean, no bias); no bias anywhere;
 - feed-forward gated by a tanh-GELU; the output head is neither tied to the embedding nor scaled.
 
@@ -137,7 +137,7 @@ class MT5(nn.Module):
         """Return the mean cross-entropy of the real labels, a float32 scalar in nats a token.
 
         The same as from logits(), but the padding has no scores, and source and target share one
-        lookup: the gradient of each is as large as the embedding.
+        lookup, since the gradient of every lookup is a tensor as large as the embedding.
         """
         previous, real = shift(labels), labels != IGNORE
         fed = real.flip(1).cumsum(1).flip(1) > 0  # up to the last real label
@@ -395,8 +395,9 @@ def position_bias(table, length, max_distance, bidirectional):
 def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
     """Return the bucket, in [0, num_buckets), of each signed distance from query to key.
 
-    Looking both ways, half of the buckets are for keys behind and half for keys ahead; looking
-    back only, all are for keys behind and every key ahead falls to bucket 0. Of a direction's
+    Looking both ways, the first half of the buckets is for distance 0 and keys behind, the second
+    half, numbered alike, for keys ahead (its first stays unused); looking back only, all are for
+    keys behind and every key ahead falls to bucket 0. Of a direction's
     buckets half hold one distance each (0, 1, 2, …); the other half share the distances up to
     max_distance on a logarithmic scale, rounded down, and the last takes all beyond.
     """

@@ -3,6 +3,8 @@
     loss = cross-entropy on the task + λ · max(0, mean cosine of source and other languages − floor)
 
 `python train.py --reg 0.1` shows the effect in the toy world. `--pretrain` rebuilds the toy base.
+
+Shapes: B sentences, S source tokens, T target tokens, L languages, D width; N processes.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The grid behind the README's results: every task, method and seed, then four learning rates.
+# The grid behind the README's results: every task, method and seed, then three more learning
+# rates with and without the regulariser.
 # Two runs side by side; start it again after a stop and it goes on with the runs that are missing.
 #     bash toy/grid.sh && python eval.py --compare runs/grid/*/ --out toy/results/grid.json
 set -euo pipefail
