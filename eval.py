@@ -1,15 +1,20 @@
 """The two metrics, ROUGE-L and the language of an output, of files, models and runs.
 
-Shapes: N texts, P tokens of a prediction, R tokens of a reference, L languages, C letters of all
-texts, G n-grams; of the identifier's table, M known buckets; D width of the encoder.
+Shapes: N texts, B sentences, D width of the encoder, L languages; more where they are met.
 """
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py says why
+
 import argparse
+import collections
 import functools
 import itertools
 import json
 import math
 import re
+import statistics
 import sys
 import unicodedata
 import zlib
@@ -18,43 +23,44 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
 from model import load
-from xlrs import choose, pool, spearman, xlrs
+from xlrs import choose, pool, xlrs
 
-FLOOR = 0.3  # the default of --reg-floor, a cosine
-LID = data.TOY / "lid.bin"
+TOY_BASE, LID = data.TOY / "base.pt", data.TOY / "lid.bin"
+
+# Scores -------------------------------------------------------------------------------------------
+
+
+def score(outputs, references, language, source, identifier, expected=None):
+    """Return the scores of a system's outputs in one language, a dict of plain numbers.
+
+    rougeL: mean F1, 0 to 100. wrong_language: % of outputs in another language than `language`;
+    one that is in no language, an empty one say, counts. source_language: % in the source language.
+    mixed: mean % of an output's words that are the source's. loops: % of outputs that repeat
+    themselves. n: number of outputs. A rate whose language the identifier lacks is left out.
+    language, source: ISO 639-1; where source is None or language itself, source_language and mixed
+    are 0. expected: see LanguageIdentifier.predict.
+    """
+    def percent(values):
+        return 100 * sum(values) / max(1, len(outputs))
+
+    scores = {"rougeL": percent(rouge_l(outputs, references).tolist())}
+    if language in identifier.languages:
+        found = identifier.predict(outputs, expected)
+        scores["wrong_language"] = percent(code != language for code in found)
+        if source in (None, language):
+            scores.update(source_language=0., mixed=0.)
+        elif source in identifier.languages:
+            scores["source_language"] = percent(code == source for code in found)
+            scores["mixed"] = percent(identifier.mixed(outputs, language, source).tolist())
+    return scores | {"loops": percent(map(loops, outputs)), "n": len(outputs)}
+
 
 # ROUGE-L ------------------------------------------------------------------------------------------
-
-TOKENS = ("NFKC, lower case, Unicode words with their combining marks; single characters in "
-          "scripts without spaces (Han, kana, Thai, Lao, Tibetan, Khmer, Myanmar)")
-MARKS = "".join(c for c in map(chr, range(0x300, 0x20000)) if unicodedata.category(c)[0] == "M")
-NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff"
-             "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff"
-             "\U00020000-\U0003ffff")
-# One character with its marks, or a run of word characters; the lookahead drops punctuation.
-TOKEN = re.compile(rf"(?=[^\W_])[{NO_SPACES}][{MARKS}]*|(?:[^\W_{NO_SPACES}]|[{MARKS}])+")
-# More than 30 marks on a letter: no language writes them, and NFKC takes quadratic time over them.
-PILED = re.compile(rf"([{MARKS}]{{30}})[{MARKS}]+")
-JOINERS = dict.fromkeys([0xAD, 0x200C, 0x200D])  # invisible: they shape or hyphenate a word
-ASCII = bytes(ord(chr(i).lower()) if i < 128 and chr(i).isalnum() else 32 for i in range(256))
-
-
-def tokens(text):
-    """Return the tokens of text that ROUGE-L compares, a list of str; see TOKENS."""
-    if text.isascii():  # the same result, several times faster
-        return text.encode().translate(ASCII).decode().split()
-    return TOKEN.findall(normal(text).translate(JOINERS).lower())
-
-
-def normal(text):
-    """Return text in the normal form NFKC, with at most 30 marks in a row (Unicode UAX #15, 13)."""
-    if text.isascii():
-        return text
-    return unicodedata.normalize("NFKC", PILED.sub(r"\1", text))
 
 
 def rouge_l(predictions, references):
@@ -69,444 +75,297 @@ def rouge_l(predictions, references):
     if len(predictions) != len(references):
         raise ValueError(f"expected as many references as predictions, found {len(references)} "
                          f"and {len(predictions)}")
-    scores = []
-    for prediction, reference in tqdm(zip(predictions, references), total=len(references),
-                                      desc="ROUGE-L", leave=False, delay=1):  # shown after 1 s
-        a, b = tokens(prediction), tokens(reference)
-        scores.append(2 * lcs(a, b) / (len(a) + len(b)) if a and b else 0.)
-    return torch.tensor(scores)
+    number = collections.defaultdict(itertools.count().__next__)  # token -> its id
+    pairs = [[torch.tensor([number[token] for token in tokens(text)], dtype=torch.int32)
+              for text in pair] for pair in zip(predictions, references)]
+    order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))  # little padding
+    scores = torch.zeros(len(pairs))
+    for start in tqdm(range(0, len(pairs), 256), desc="ROUGE-L", leave=False, delay=1):
+        some = order[start:start + 256]
+        a, b = ([pairs[i][side] for i in some] for side in (0, 1))
+        total = torch.tensor([max(1, len(x) + len(y)) for x, y in zip(a, b)])
+        common = lcs(pad_sequence(a, batch_first=True, padding_value=-1),
+                     pad_sequence(b, batch_first=True, padding_value=-2))
+        scores[some] = 2 * common / total
+    return scores
 
 
 def lcs(a, b):
-    """Return the length of the longest common subsequence of two lists.
+    """Return the length of the longest common subsequence of each pair of rows, (N,) int32.
 
-    The textbook table, table[i, j] = table[i-1, j-1] + 1 where a[i] = b[j], else the larger
-    neighbour, but a whole row at a time: a row never falls and rises by steps of 1, so one integer
-    holds it, with bit j cleared where the row rises at j. Adding does the work of the row's loop.
-    Source: Hyyrö, "Bit-Parallel LCS-length Computation Revisited", 2004.
+    a (N, P), b (N, R): ids of tokens; what pads a must not occur in b, nor the other way round.
+    The textbook table, table[i, j] = table[i-1, j-1] + 1 where a[i] = b[j], else the larger of
+    table[i-1, j] and table[i, j-1], a row of all pairs at a time.
     """
-    if len(a) < len(b):
-        a, b = b, a
-    places, bit = {}, 1  # token -> bits of its places in b
-    get = places.get
-    for token in b:
-        places[token] = get(token, 0) | bit
-        bit += bit
-    row = bit - 1  # nothing has risen yet
-    for match in filter(None, map(get, a)):
-        free = row & match
-        row = (row + free) | (row - free)
-    return len(b) - (row & (bit - 1)).bit_count()
+    row = torch.zeros(len(b), b.shape[1] + 1, dtype=torch.int32)  # the old row: table[i-1]
+    for token in a.T:
+        match = (b == token[:, None]).int()  # (N, R)
+        row[:, 1:] = torch.maximum(row[:, 1:], row[:, :-1] + match)
+        row = row.cummax(dim=1).values  # the left neighbour
+    return row[:, -1]
+
+
+CONTROL = re.compile(r"<extra_id_\d+>|<pad>|</s>|<unk>")  # pieces of the vocabulary, no text
+# Marks up to U+FFFF: of longer ones `re` would make a list that it searches at every letter.
+MARKS = "".join(c for c in map(chr, range(0x300, 0x10000)) if unicodedata.category(c)[0] == "M")
+# Han, kana, Thai, Lao, Tibetan, Khmer, Myanmar.
+NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff"
+             "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff"
+             "\U00020000-\U0003ffff")
+SINGLE = re.compile(f"[{NO_SPACES}]")
+# One character with its marks, or a run of such; the lookahead drops punctuation.
+TOKEN = re.compile(rf"(?=[^\W_])[{NO_SPACES}][{MARKS}]*|(?:[^\W_{NO_SPACES}][{MARKS}]*)+")
+# More than 30 marks on a letter: no language writes them, and NFKC takes quadratic time over them.
+PILED = re.compile(rf"([{MARKS}]{{30}})[{MARKS}]+")
+JOINERS = dict.fromkeys([0xAD, 0x200C, 0x200D])  # invisible: they shape or hyphenate a word
+
+
+def tokens(text):
+    """Return the tokens of text that ROUGE-L compares, a list of str in lower case.
+
+    Unicode words with their combining marks; single characters in scripts without spaces.
+    """
+    return [lower(word) for word in written(text)]
+
+
+def written(text):
+    """Return the tokens of text as they are written there, in the normal form NFKC."""
+    if text.isascii():
+        return TOKEN.findall(CONTROL.sub(" ", text))
+    text = PILED.sub(r"\1", CONTROL.sub(" ", text).translate(JOINERS))
+    return TOKEN.findall(unicodedata.normalize("NFKC", text))
+
+
+def lower(word):
+    """Return word in lower case; Turkish İ, which Python makes an i with a second dot, is i."""
+    return word.lower().replace("i\u0307", "i")
+
+
+AGAIN = 12  # letters that chance seldom repeats: three words, or a dozen characters of Han or Thai
+
+
+def loops(text):
+    """Return whether text repeats itself, bool.
+
+    It does where three tokens in a row of AGAIN letters come again, or AGAIN tokens of any length,
+    or where a stretch of three tokens or more is written twice in a row; “ha ha ha ha” is the least
+    of these. Of human sentences about 1 % do, in scripts with and without spaces. The rule is ours.
+    """
+    words = tokens(text)
+    triples, longer = (list(zip(*(words[i:] for i in range(size)))) for size in (3, AGAIN))
+    triples = [run for run in triples if len("".join(run)) >= AGAIN]
+    repeats = ["".join("=" if a == b else " " for a, b in zip(words, words[step:]))
+               for step in range(1, AGAIN)]  # of each token: is the one `step` later the same?
+    return (len(set(triples)) < len(triples) or len(set(longer)) < len(longer)
+            or any("=" * max(3, step) in same for step, same in enumerate(repeats, 1)))
 
 
 # Language identifier ------------------------------------------------------------------------------
 
-# NTREX's codes and ISO 639-1 (639-3 where there is none); a regional variant joins its language.
-LANGUAGES = dict(entry.split(":") for entry in """
-    afr:af amh:am arb:ar aze:az bak:ba bel:be bem:bem ben:bn bod:bo bos:bs bul:bg cat:ca ces:cs
-    ckb:ckb cym:cy dan:da deu:de div:dv dzo:dz ell:el eng:en est:et eus:eu ewe:ee fao:fo fas:fa
-    fij:fj fil:tl fin:fi fra:fr fuc:ff gle:ga glg:gl gsw:gsw guj:gu hau:ha heb:he hin:hi hmn:hmn
-    hrv:hr hun:hu hye:hy ibo:ig ind:id isl:is ita:it jpn:ja kan:kn kat:ka kaz:kk khm:km kin:rw
-    kir:ky kmr:ku kor:ko lao:lo lav:lv lit:lt ltz:lb mal:ml mar:mr mey:mey mkd:mk mlg:mg mlt:mt
-    mon:mn mri:mi msa:ms mya:my nde:nd nep:ne nld:nl nno:nn nob:nb nso:nso nya:ny orm:om pan:pa
-    pol:pl por:pt prs:fa pus:ps ron:ro rus:ru shi:shi sin:si slk:sk slv:sl smo:sm sna:sn snd:sd
-    som:so spa:es sqi:sq srp:sr ssw:ss swa:sw swe:sv tah:ty tam:ta tat:tt tel:te tgk:tg tha:th
-    tir:ti ton:to tsn:tn tuk:tk tur:tr uig:ug ukr:uk urd:ur uzb:uz ven:ve vie:vi wol:wo xho:xh
-    yor:yo yue:yue zho:zh zul:zu""".split())
-APART = ("srp-Latn", "zho-TW", "prs")  # variants that are written otherwise: columns of their own
-SPACE = ord(" ")
-ORDERS = 5  # n-grams of 1 to 5 characters
-WORDS = 2**22  # n-grams are hashed into buckets 0 to 2^22 - 1, whole words into as many after them
-ALPHA = .02  # added to every count: what an n-gram that a language never showed still counts
-# The shares of one piece of evidence that n-grams and whole words count: they overlap. Their ratio
-# was tuned for accuracy, their size so that the probabilities of two words are about true.
-WEIGHTS = (1 / 16, 1 / 4)
-MIXED = 1.5  # nats for the source from which a word counts: clean text shows under 1 %
-# Texts are taken in groups of at most BATCH texts, and LETTERS letters unless one text alone has
-# more: a letter needs about 150 bytes.
-BATCH, LETTERS = 1024, 2**20
-DENSE = 4  # n-grams known in more columns than this are looked up as a full row: faster
-FORMAT = "xlrs language table 2"
-FOLD = np.full(0x110000, -1, dtype=np.int32)  # code point -> its letter in lower case; -1: unknown
-
-
-def fold(text):
-    """Return text's code points as int32, letters and marks in lower case, all else as a space."""
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    for point in np.unique(points[FOLD[points] < 0]):
-        letter = unicodedata.category(chr(point))[0] in "LM"
-        FOLD[point] = ord(chr(point).lower()[0]) if letter else SPACE
-    return FOLD[points]
-
-
-def spaced(texts):
-    """Return (letters, owner, space) of texts, all (C,): code points, text number, is it a space.
-
-    Each text begins and ends with a space, and one space stands between its words.
-    """
-    texts = [f" {normal(text)} " for text in texts]
-    owner = np.repeat(np.arange(len(texts)), [len(text) for text in texts])
-    letters = fold("".join(texts))
-    space = letters == SPACE
-    keep = np.ones(len(letters), dtype=bool)
-    keep[1:] = ~(space[1:] & space[:-1] & (owner[1:] == owner[:-1]))
-    return letters[keep], owner[keep], space[keep]
-
-
-def ngrams(texts):
-    """Return the hashed n-grams of texts, by order: a list of (buckets (G,), text numbers (G,)).
-
-    Orders 1 to ORDERS inside words, a space before and after included, then whole words. The hash
-    of letters u in a span is Σ u · f^(end - place) mod 2^64; running sums give that of every span.
-    """
-    letters, owner, space = spaced(texts)
-    factor = 0x9E3779B97F4A7C15
-    power = np.cumprod(np.full(len(letters) + 1, factor, dtype=np.uint64))
-    inverse = np.cumprod(np.full(len(letters), pow(factor, -1, 2**64), dtype=np.uint64))
-    sums = np.zeros(len(letters) + 1, dtype=np.uint64)
-    np.cumsum(letters.astype(np.uint64) * inverse, out=sums[1:])
-    blanks = np.zeros(len(letters) + 1, dtype=np.int32)  # spaces before each place
-    np.cumsum(space, out=blanks[1:])
-
-    found = []
-    for order in range(1, min(ORDERS, len(letters)) + 1):
-        last = len(letters) - order  # the last place where an n-gram can start
-        inside = blanks[order - 1:][:last + 1] == blanks[1:last + 2]  # no space in between
-        if order < 3:  # a space alone or two of them are no n-gram
-            inside = ~(space[:last + 1] & space[order - 1:])
-        value = (sums[order:] - sums[:last + 1]) * power[order:]
-        found.append((bucket_of(value, order)[inside], owner[:last + 1][inside]))
-    start = np.flatnonzero(space[:-1] & ~space[1:]) + 1
-    end = np.flatnonzero(~space[:-1] & space[1:]) + 1
-    value = (sums[end] - sums[start]) * power[end]
-    return found + [(bucket_of(value, ORDERS + 1) + WORDS, owner[start])]
-
-
-def bucket_of(value, order):
-    """Return the buckets in [0, WORDS) of hashes (G,) uint64; order tells equal spans apart."""
-    value = value + np.uint64(order)
-    value = (value ^ (value >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)
-    return (value >> np.uint64(64 - WORDS.bit_length() + 1)).astype(np.int64)
-
-
-def in_groups(texts):
-    """Return texts in lists, in order, of at most BATCH texts and about LETTERS letters."""
-    places = ((number // BATCH, letters // LETTERS) for number, letters in enumerate(
-        itertools.accumulate(map(len, texts))))
-    groups = itertools.groupby(zip(places, texts), key=lambda pair: pair[0])
-    return [[text for _, text in group] for _, group in groups]
+ORDERS = 5  # n-grams of 1 to 5 letters
+GRAMS, WORDS = 2**17, 2**16  # rows of the table for n-grams and, after them, for whole words
+WEIGHTS = ORDERS * [1 / 16] + [1 / 4]  # what the evidence of each order counts: n-grams overlap
+UNIT = 1 / 16  # nats: what a 1 in the table's file means
+FOREIGN = .1  # the share of a text's words that may be of any language
+NAME = 1 / 2  # what a capitalised Latin word counts after the first word: it may be a name
+BRAND = 1 / 4  # the same where the text has words of another script
+EXPECTED = 4.  # nats that the expected languages are likelier beforehand
+VARIETY = 3.  # nats that those of VARIETIES are less likely, close relatives of larger languages
+VARIETIES = {"gsw", "mey", "shi", "yue"}
+LEAST = .5  # nats above the average language, below which there is no evidence
+MIXED = 1.5  # nats for the source rather than the target from which a word counts as mixed in
+HAIR = .3  # nats by which another language may explain such a word better
+COMMON = 6.8  # nats of a word that one line in a hundred has: its capital does not make it a name
 
 
 class LanguageIdentifier:
-    """Names the language of a text: multinomial naive Bayes over hashed character n-grams.
+    """Names the language of a text: naive Bayes over hashed character n-grams, word by word.
 
-        score(text, l) = Σ over n-grams g of weight(g) · log((count(g, l) + α) / α)
+        evidence(text, l) = Σ over words w of weight(w) · log((1 - ε) · p(w | l) / p(w) + ε)
+        log p(w | l) = Σ over n-grams g in w of weight(g) · log((count(g, l) + α) / α) + constant
 
-    which is log p(text | l) up to a constant, with counts scaled as if every language had shown
-    equally many letters, and every language as likely beforehand. The weights are ours: n-grams
-    overlap. What the table has never seen says nothing. A language's score is that of its best
-    column: Serbian, Chinese and Persian have two.
-    path: a table that `python eval.py --train-lid` wrote. Raises FileNotFoundError where there is
-    none, ValueError for other bytes.
+    ε is FOREIGN, p(w) the mean over the table's columns: a word may be of any language, so a name
+    or a loan can't outvote a sentence. What the table has never seen says nothing. Counts are
+    scaled as if every language had shown equally many letters. The weights are ours.
+    path: a table that lab/identifier.py wrote. Raises FileNotFoundError where there is none,
+    ValueError for other bytes.
     """
 
     def __init__(self, path=LID):
-        self.columns, buckets, sizes, self.column, counts, letters = read_table(path)
-        self.languages = sorted(set(self.columns))
-        self.first = [self.columns.index(name) for name in self.languages]  # its first column
-        # Evidence of a cell, looked up by the code of its count and its column.
-        value = np.log1p(2. ** np.arange(32)[:, None] * (np.mean(letters) / letters) / ALPHA)
-        value = value.astype(np.float32)[counts, self.column]
-        words = sizes[:np.searchsorted(buckets, WORDS)].sum()  # cells before those of words
-        value[:words] *= WEIGHTS[0]
-        value[words:] *= WEIGHTS[1]
-        self.value, self.size, self.start = value, sizes, np.cumsum(sizes) - sizes
+        self.columns, self.blocks, self.table = read_table(path)  # table: (GRAMS + WORDS, C)
+        self.languages = sorted(set(self.columns))  # Serbian, Chinese and Persian have two columns
+        self.first = [self.columns.index(name) for name in self.languages]
 
-        # index: bucket -> r > 0, row r of the full table; r < 0, the short row -r; 0, unknown.
-        rows = np.arange(1, len(buckets) + 1, dtype=np.int32)
-        full = sizes > DENSE
-        self.index = np.zeros(2 * WORDS, dtype=np.int32)
-        self.index[buckets] = np.where(full, np.cumsum(full), -rows)
-        cells = self.cells(np.flatnonzero(full))
-        row = np.repeat(np.arange(1, full.sum() + 1), sizes[full])
-        self.table = torch.zeros(full.sum() + 1, len(self.columns))
-        self.table.numpy()[row, self.column[cells]] = value[cells]
+    def predict(self, texts, expected=None):
+        """Return the most probable language of each text, ISO 639-1 (639-3 where there is none).
 
-    def cells(self, rows):
-        """Return the numbers of the cells of the given rows, one row's after the other's."""
-        size = self.size.take(rows)
-        cells = np.repeat(self.start.take(rows) - np.cumsum(size) + size, size)
-        cells += np.arange(len(cells))
-        return cells
+        expected: languages that are likelier beforehand; every other one remains possible. `und`
+        where nothing in the text speaks for any language.
+        """
+        prior = torch.tensor([EXPECTED * (name in (expected or ()))
+                              - VARIETY * (name in VARIETIES) for name in self.languages])
+        evidence = self.evidence(texts)
+        score, best = (evidence + prior).masked_fill(evidence < LEAST, -torch.inf).max(dim=1)
+        return [self.languages[i] if known else "und"
+                for i, known in zip(best.tolist(), score > -torch.inf)]
 
     def evidence(self, texts):
-        """Return the score of each text in each language, (N, L) float, nats above no evidence."""
-        groups = tqdm(in_groups(texts), desc="languages", leave=False, delay=1)
-        found = [self.evidence_of_group(group) for group in groups]
-        return torch.cat(found or [torch.zeros(0, len(self.languages))])
-
-    def evidence_of_group(self, texts):
-        """Return the same of few texts, all at once."""
-        sums, rare = np.zeros((len(texts), len(self.columns))), []
-        for buckets, owner in ngrams(texts):
-            row = self.index.take(buckets)  # faster than self.index[buckets]
-            full, short = np.flatnonzero(row > 0), np.flatnonzero(row < 0)
-            sums += self.full_rows(row.take(full), owner.take(full), len(texts))
-            rare.append((-row.take(short) - 1, owner.take(short)))
-        sums += self.short_rows(*map(np.concatenate, zip(*rare)), len(texts))
-        return torch.from_numpy(np.maximum.reduceat(sums, self.first, axis=1)).float()
-
-    def full_rows(self, rows, owner, n):
-        """Return the sum of each text's rows of the full table, (n, columns); owner is sorted."""
-        offsets = torch.from_numpy(np.searchsorted(owner, np.arange(n)).astype(np.int32))
-        return F.embedding_bag(torch.from_numpy(rows), self.table, offsets, mode="sum").numpy()
-
-    def short_rows(self, rows, owner, n):
-        """Return the sum of each text's short rows, (n, columns): cell by cell."""
-        cells = self.cells(rows)
-        place = np.repeat(owner * len(self.columns), self.size.take(rows))
-        place += self.column.take(cells)
-        return np.bincount(place, self.value.take(cells), n * len(self.columns)).reshape(n, -1)
-
-    def choice(self, candidates):
-        """Return which languages may be answered, (L,) bool; raises ValueError for unknown ones."""
-        unknown = set(candidates or ()) - set(self.languages)
-        if unknown:
-            raise ValueError(f"the identifier does not know {', '.join(sorted(unknown))}; "
-                             f"it knows {' '.join(self.languages)}")
-        return torch.tensor([not candidates or name in candidates for name in self.languages])
-
-    def scores(self, texts, candidates=None):
-        """Return the log-probability of each language, (N, L) float, nats; rows sum to 1 as exp.
-
-        candidates: the only languages that may be answered; all others get -inf.
-        """
-        chosen = self.choice(candidates)
-        return self.evidence(texts).masked_fill(~chosen, -torch.inf).log_softmax(dim=1)
-
-    def predict(self, texts, candidates=None):
-        """Return the most probable language of each text; `und` where there is no letter."""
-        best = self.scores(texts, candidates).argmax(dim=1).tolist()
-        return [self.languages[i] if any(c.isalpha() for c in text) else "und"
-                for i, text in zip(best, texts)]
+        """Return what speaks for each language rather than the average one, (N, L), nats."""
+        found = [torch.zeros(0, len(self.languages))]
+        for start in tqdm(range(0, len(texts), 1024), desc="languages", leave=False, delay=1):
+            lines = [written(text) for text in texts[start:start + 1024]]
+            flat, words = self.words(lines)  # (all words), (W, C)
+            words = words - words.logsumexp(dim=1, keepdim=True) + np.log(words.shape[1])
+            words = ((1 - FOREIGN) * words.exp() + FOREIGN).log()
+            weight = torch.tensor([w for line in lines for w in weights(line)])
+            ends = list(itertools.accumulate(map(len, lines), initial=0))
+            found.append(self.by_language(F.embedding_bag(
+                flat, words, torch.tensor(ends[:-1]), mode="sum", per_sample_weights=weight)))
+        return torch.cat(found)
 
     def mixed(self, texts, target, source):
         """Return the share of each text's words that are the source's though not the target's.
 
-        (N,) float in [0, 1]. A word counts if its own n-grams speak for the source rather than the
-        target by more than MIXED nats. A capitalised word never does: it may be a name, in no
-        language. In scripts without spaces a word is a character. This rule is ours.
+        (N,) float in [0, 1]. A word counts if the source explains it better than the target by
+        MIXED nats, and no language explains it better than the source by more than HAIR; a
+        capitalised one, which may be a name, only if it is a common word of the source besides.
+        In scripts without spaces a word is a character. This rule is ours. Raises
+        ValueError for a language that the table lacks.
         """
-        self.choice([target, source])
-        words = [TOKEN.findall(normal(text)) for text in texts]
-        flat = [word for line in words for word in line]
-        if target == source or not flat:
+        unknown = {target, source} - set(self.languages)
+        if unknown:
+            raise ValueError(f"the identifier does not know {', '.join(sorted(unknown))}; it knows "
+                             f"{' '.join(self.languages)}")
+        lines = [written(text) for text in texts]
+        if target == source:
             return torch.zeros(len(texts))
-        found = self.evidence(flat)
-        gain = found[:, self.languages.index(source)] - found[:, self.languages.index(target)]
-        small = torch.tensor([word == word.lower() for word in flat])
-        hits = ((gain > MIXED) & small).float().split([len(line) for line in words])
-        return torch.stack([line.sum() / max(1, len(line)) for line in hits])
+        flat, scores = self.words(lines)
+        scores = self.by_language(scores)  # (W, L)
+        ours, target = (scores[:, self.languages.index(name)] for name in (source, target))
+        hit = ((ours > target + MIXED) & (ours > scores.amax(dim=1) - HAIR))[flat]
+        whole = self.table[[whole_row(piece) for line in lines for piece in pieces(line)]]
+        common = self.by_language(whole)[:, self.languages.index(source)] * UNIT > COMMON
+        small = torch.tensor([word == lower(word) for line in lines for word in line], dtype=bool)
+        hits = (hit & (small | common)).split([len(line) for line in lines])
+        return torch.tensor([line.sum() / max(1, len(line)) for line in hits])
+
+    def words(self, lines):
+        """Return (places, scores) of the words of lines: which of W pieces each word is, in order,
+        and what each different piece says of each column, log p(w | column), (W, C).
+        """
+        flat = [piece for line in lines for piece in pieces(line)]
+        number = {piece: place for place, piece in enumerate(dict.fromkeys(flat))}
+        known = [piece if any(map(str.isalpha, piece))
+                 and all(ord(letter) >> 6 in self.blocks for letter in piece.strip()) else ""
+                 for piece in number]
+        scores = torch.zeros(len(known), len(self.columns))
+        for weight, (rows, owner) in zip(WEIGHTS, ngrams(known)):
+            starts = np.searchsorted(owner, np.arange(len(known)))
+            scores += weight * UNIT * F.embedding_bag(torch.from_numpy(rows), self.table,
+                                               torch.from_numpy(starts), mode="sum").float()
+        return torch.tensor([number[piece] for piece in flat], dtype=torch.long), scores
+
+    def by_language(self, scores):
+        """Return scores (…, C) by language, (…, L): that of its best column."""
+        parts = scores.tensor_split(self.first[1:], dim=1)
+        return torch.stack([part.amax(dim=1) for part in parts], dim=1)
 
 
-TABLE = {"format": str, "rows": data.NUMBER, "cells": data.NUMBER, "letters": [data.COUNT],
-         "columns": [str]}
+def weights(words):
+    """Return how much each of a text's words counts, a list: what may be a name counts less."""
+    latin = [word < "\u0250" for word in words]  # its first letter is before that one
+    name = NAME if all(latin) else BRAND
+    return [name if here and word != word.lower() and (place or name == BRAND) else 1.
+            for place, (here, word) in enumerate(zip(latin, words))]
+
+
+def pieces(words):
+    """Return what is looked up for each word: itself in lower case, between spaces.
+
+    For a character of a script without spaces, it and the one before it: that tells more.
+    """
+    found, before = [], ""
+    for word in words:
+        single = word if SINGLE.match(word) else ""
+        found.append(before + single if single else f" {lower(word)} ")
+        before = single
+    return found
+
+
+def ngrams(words):
+    """Return the hashed n-grams of words by order: a list of (rows (G,), word numbers (G,)).
+
+    Orders 1 to ORDERS inside each word, the spaces around it included, then whole words.
+    """
+    letters = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), np.uint32)
+    letters = letters.astype(np.uint64)
+    owner = np.repeat(np.arange(len(words)), list(map(len, words)))
+    found, value = [], np.zeros(len(letters) + 1, dtype=np.uint64)
+    for order in range(1, ORDERS + 1):  # value: a hash of the letters from each place, mod 2^64
+        value = (value[:-1] + np.uint64(order)) * FACTOR + letters[order - 1:]
+        inside = owner[:len(value)] == owner[order - 1:]
+        if order == 1:
+            inside = letters > ord("9")  # a space or a digit says nothing
+        rows = (value ^ (value >> np.uint64(32))) * FACTOR >> np.uint64(40)
+        found.append((rows[inside].astype(np.int64) % GRAMS, owner[:len(value)][inside]))
+    whole = [(whole_row(word), place) for place, word in enumerate(words) if word]
+    return [*found, tuple(np.array(whole, dtype=np.int64).reshape(-1, 2).T)]
+
+
+FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, its bits without pattern
+
+
+def whole_row(word):
+    """Return the table's row of a whole word."""
+    return GRAMS + zlib.crc32(word.encode("utf-8", "surrogatepass")) % WORDS
 
 
 def read_table(path):
-    """Return (columns, buckets (M,), cells a bucket (M,), column, count code (cells,), letters).
+    """Return (columns, blocks, table (GRAMS + WORDS, C)) of a table's file.
 
-    The file: a line of JSON, then zlib-compressed bytes: a bit for each bucket, set where it is
-    known; for each known bucket its number of cells, one for each column that showed it; then each
-    cell's column; then each cell's count, rounded to a power of two: c stands for 2^c.
+    The file: a line of JSON, then zlib-compressed bytes, in units of UNIT nats. blocks: which 64
+    code points after one another hold letters that the table knows.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no language table; python eval.py --train-lid makes one")
-    head, _, body = path.read_bytes().partition(b"\n")
+        raise FileNotFoundError(f"{path}: no language table; python lab/identifier.py makes one")
     try:
-        head = data.parse(head, path, TABLE)
-        unzip = zlib.decompressobj()
-        body = np.frombuffer(unzip.decompress(body, WORDS // 4 + 20 * len(body)), np.uint8)
-        bits, sizes, column, counts = np.split(body, np.cumsum(
-            [WORDS // 4, head["rows"], head["cells"]]))
-        buckets, sizes = np.flatnonzero(np.unpackbits(bits).view(bool)), sizes.astype(np.int64)
-        letters = np.array(head["letters"], dtype=float)
-        if (head["format"] != FORMAT or not unzip.eof or min(letters) <= 0
-                or head["columns"] != sorted(head["columns"]) or len(head["columns"]) > 256
-                or len(buckets) != len(sizes) or len(counts) != len(column)
-                or sizes.sum() != len(column) or column.max() >= len(head["columns"])
-                or counts.max() > 31 or len(letters) != len(head["columns"])):
-            raise ValueError
-    except (ValueError, zlib.error):
+        head, _, body = path.read_bytes().partition(b"\n")
+        head = json.loads(head)
+        body = np.frombuffer(bytearray(zlib.decompress(body)), np.uint8)
+        body = body.reshape(GRAMS + WORDS, len(head["columns"]))
+        return head["columns"], set(head["blocks"]), torch.from_numpy(body).bfloat16()  # exact
+    except (ValueError, TypeError, KeyError, zlib.error):
         raise ValueError(f"{path}: expected a language table, found other or damaged bytes; "
-                         "python eval.py --train-lid makes one") from None
-    return head["columns"], buckets, sizes, column, counts, letters
+                         "python lab/identifier.py makes one") from None
 
 
-def train_lid(folder, out):
-    """Write the identifier's table to out from NTREX-128's files in folder; see read_table.
-
-    n-grams, not words, that a language showed only once are left out: they are many and tell
-    little. Deterministic: the same files give the same bytes.
-    """
-    texts = read_ntrex(folder)
-    names, letters, cells, counts = sorted(texts), [], [], []
-    for column, name in enumerate(tqdm(names, desc="columns", unit="", disable=None)):
-        found = [np.unique(buckets, return_counts=True) for buckets, _ in ngrams(texts[name])]
-        if not found[0][1].sum():
-            raise ValueError(f"{folder}: expected text in {name}, found no letter")
-        letters.append(int(found[0][1].sum()))
-        bucket, count = map(np.concatenate, zip(*found))
-        keep = (count > 1) | (bucket >= WORDS)
-        cells.append(bucket[keep] * 256 + column)
-        counts.append(count[keep])
-    cells, place = np.unique(np.concatenate(cells), return_inverse=True)  # orders share buckets
-    counts = np.bincount(place, np.concatenate(counts))
-    buckets, sizes = np.unique(cells // 256, return_counts=True)
-    bits = np.zeros(2 * WORDS, dtype=np.uint8)
-    bits[buckets] = 1
-    body = np.concatenate([np.packbits(bits), sizes, cells % 256, np.rint(np.log2(counts))])
-    head = {"format": FORMAT, "rows": len(sizes), "cells": len(cells), "letters": letters,
-            "columns": [name.split("/")[0] for name in names]}
-    data.write_file(out, json.dumps(head).encode() + b"\n"
-                    + zlib.compress(body.astype(np.uint8).tobytes(), 9))
-
-
-def read_ntrex(folder):
-    """Return {column: [sentences]} of NTREX-128's `newstest2019-*.CODE.txt` in folder.
-
-    A column is a language of LANGUAGES or, as "language/CODE", one of its variants in APART.
-    """
-    texts = {}
-    for path in sorted(Path(folder).glob("newstest2019-*.txt")):
-        code = path.name.split(".")[-2]
-        language = LANGUAGES.get(code.split("-")[0])
-        if language is None:
-            raise ValueError(f"{path}: no ISO 639 code is known for {code}; add it to LANGUAGES")
-        name = f"{language}/{code}" if code in APART else language
-        texts.setdefault(name, []).extend(data.read_lines(path))
-    if not texts:
-        raise FileNotFoundError(f"{folder}: expected NTREX-128's newstest2019-*.txt, found none")
-    return texts
-
-
-# Scores -------------------------------------------------------------------------------------------
-
-
-def score(outputs, references, language, source, identifier, candidates=None):
-    """Return the scores of a system's outputs in one language, a dict of plain numbers.
-
-    rougeL: mean F1, 0 to 100. wrong_language: % of outputs in another language than `language`;
-    an output without any letter is in no language and counts. source_language: % in the source
-    language. mixed: mean % of an output's words that are the source's. loops: % of outputs in which
-    three tokens in a row come again. n: number of outputs.
-    language, source: ISO 639-1; where source is None or language itself, source_language and mixed
-    are 0.
-    """
-    found = identifier.predict(outputs, candidates)
-    share = lambda hits: 100 * sum(hits) / max(1, len(outputs))
-    other = source is not None and source != language
-    return {"rougeL": 100 * float(rouge_l(outputs, references).mean()) if outputs else 0.,
-            "wrong_language": share(code != language for code in found),
-            "source_language": share(code == source for code in found) if other else 0.,
-            "mixed": share(identifier.mixed(outputs, language, source).tolist()) if other else 0.,
-            "loops": share(map(loops, outputs)), "n": len(outputs)}
-
-
-def loops(text):
-    """Return whether three tokens in a row come again in text."""
-    words = tokens(text)
-    triples = list(zip(words, words[1:], words[2:]))
-    return len(set(triples)) < len(triples)
-
-
-def table(rows, header):
-    """Print rows as an aligned table: text to the left, numbers with one decimal to the right."""
-    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row]
-             for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    number = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
-    for row in cells:
-        print("  ".join(c.rjust(w) if right else c.ljust(w)
-                        for c, w, right in zip(row, widths, number)).rstrip())
+@functools.cache
+def identifier():
+    """Return the identifier with the shipped table, read once."""
+    return LanguageIdentifier()
 
 
 # A model's outputs and its similarity -------------------------------------------------------------
 
-
-def pick_device(device, dtype):
-    """Return (device, dtype of the matrix products, why), as asked for or, of None, the best.
-
-    fp16 is not offered: mT5's activations exceed its range and the loss becomes NaN.
-    """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: torch can't compute there; leave it out") from None
-    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if dtype == "bfloat16" and not has_bf16:
-        raise ValueError("--dtype bfloat16: this GPU has none; leave it out")
-    if dtype:
-        return device, dtype, "as asked"
-    if device.type == "cuda" and has_bf16:
-        return device, "bfloat16", "this GPU has bfloat16"
-    return device, "float32", "a CPU" if device.type == "cpu" else "this GPU has no bfloat16"
-
-
-def in_batches(texts, tokenizer, max_source, size=2**13):
-    """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded.
-
-    size: source tokens of a batch, its padding included.
-    """
-    ids = [data.encode(text, tokenizer, max_source) for text in texts]
+def in_batches(texts, tokenizer, args, device):
+    """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded."""
+    size = 2**15 if device.type == "cuda" else 2**13  # source tokens of a batch, with padding
+    ids = [tokenizer.encode(text, args.max_source) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    start = 0
-    while start < len(order):
-        places = order[start:start + max(1, size // len(ids[order[start]]))]
-        start += len(places)
-        input_ids = data.pad([ids[i] for i in places])
-        yield places, input_ids, input_ids != data.PAD
-
-
-@torch.no_grad()
-def sentence_vectors(model, tokenizer, texts, max_source):
-    """Return the pooled encoder states of texts, (N, D) float32."""
-    device = next(model.parameters()).device
-    vectors = torch.zeros(len(texts), model.config.d_model)
-    for places, input_ids, mask in in_batches(texts, tokenizer, max_source):
-        mask = mask.to(device)
-        vectors[places] = pool(model.encode(input_ids.to(device), mask), mask).float().cpu()
-    return vectors
-
-
-def vectors_by_language(model, tokenizer, sentences, args):
-    """Return {language: sentence vectors (N, D)} of {language: sentences}, the source first."""
-    return {lang: sentence_vectors(model, tokenizer, side, args.max_source)
-            for lang, side in sentences.items()}
-
-
-def language_similarity(vectors, shift=0):
-    """Return XLRS of the source, the first language, with each other: {language: cosine}.
-
-    shift: compare each sentence with the translation of the one so many lines before. What is left
-    between such mismatched pairs is language and format, not meaning.
-    """
-    source, *others = vectors.values()
-    pooled = torch.stack([source.roll(-shift, 0), *others])
-    return dict(zip(list(vectors)[1:], xlrs(pooled).tolist()))
+    while order:
+        count = max(1, size // len(ids[order[0]]))
+        places, order = order[:count], order[count:]
+        input_ids, mask = data.pad_source([ids[i] for i in places])
+        yield places, input_ids.to(device), mask.to(device)
 
 
 def answer(model, tokenizer, texts, args, name):
     """Return the model's output for each text, a list of str; name: the progress bar's."""
-    device = next(model.parameters()).device
     outputs = [""] * len(texts)
     with tqdm(total=len(texts), desc=name, unit="text", leave=False) as progress:
-        for places, input_ids, mask in in_batches(texts, tokenizer, args.max_source):
-            found = model.generate(input_ids.to(device), mask.to(device), args.max_target,
-                                   args.num_beams)
+        for places, *batch in in_batches(texts, tokenizer, args, model.head.weight.device):
+            found = model.generate(*batch, args.max_target, args.num_beams)
             for place, ids in zip(places, found.tolist()):
                 outputs[place] = tokenizer.decode(ids)
             progress.update(len(places))
@@ -514,212 +373,206 @@ def answer(model, tokenizer, texts, args, name):
 
 
 @torch.no_grad()
+def similarities(model, tokenizer, sentences, args):
+    """Return XLRS of the source, the first language, with each other, {language: cosine}.
+
+    sentences: {language: sentences}, aligned.
+    """
+    pooled = torch.zeros(len(sentences), len(next(iter(sentences.values()))), model.config.d_model)
+    for vectors, texts in zip(pooled, sentences.values()):
+        for places, *batch in in_batches(texts, tokenizer, args, model.head.weight.device):
+            vectors[places] = pool(model.encode(*batch), batch[1]).cpu()
+    return dict(zip(list(sentences)[1:], xlrs(pooled).tolist()))
+
+
+@torch.no_grad()
 def mean_loss(model, examples, size=64):
     """Return the mean cross-entropy, nats a token, of (source ids, target ids) examples."""
-    device = next(model.parameters()).device
     total = count = 0
     for start in range(0, len(examples), size):
-        input_ids, mask, labels = (x.to(device) for x in data.collate(examples[start:start + size]))
-        real = (labels != data.IGNORE).sum().item()
-        total += model(input_ids, mask, labels).item() * real
+        ids, mask, labels = (tensor.to(model.head.weight.device)
+                             for tensor in data.collate(examples[start:start + size]))
+        real = (labels != data.IGNORE).sum()
+        total += model(ids, mask, labels) * real
         count += real
-    return total / count
-
-
-def retrieval(source, other):
-    """Return the share of sentences whose translation is nearest, in [0, 1].
-
-    source, other (N, D): vectors of N parallel sentences, each side centred first: without its
-    mean, which is its language's. At most the first 64 count, so that chance is 1.6 %.
-    """
-    source, other = (F.normalize(side[:64] - side[:64].mean(0), dim=-1) for side in (source, other))
-    nearest = (source @ other.T).argmax(dim=1)
-    return (nearest == torch.arange(len(source))).float().mean().item()
+    return (total / count).item()
 
 
 def score_tests(model, tokenizer, tests, args):
     """Return ({language: scores}, {language: outputs}) of tests, {language: pairs}.
 
-    args: a run's. The identifier chooses among the languages that they name, source first.
+    args: a run's; its languages are the ones that the identifier expects.
     """
-    candidates = data.languages(args)
-    scores, outputs = {}, {}
+    expected, scores, outputs = data.languages(args), {}, {}
     for language, pairs in tests.items():
         sources, references = zip(*pairs)
         outputs[language] = answer(model, tokenizer, sources, args, f"answering in {language}")
-        scores[language] = score(outputs[language], references, language, candidates[0],
-                                 identifier(), candidates)
+        scores[language] = score(outputs[language], references, language, expected[0],
+                                 identifier(), expected)
     return scores, outputs
 
 
-@functools.cache
-def identifier():
-    """Return the shipped identifier, loaded once."""
-    return LanguageIdentifier()
+# A run; its folder is train.py's ------------------------------------------------------------------
 
-
-# A run --------------------------------------------------------------------------------------------
+def say_unidentified(args):
+    """Print which languages of a run the identifier lacks, so that no rates are known there."""
+    lacking = set(data.languages(args)) - set(identifier().languages)
+    if lacking:
+        print(f"the language identifier lacks {' '.join(sorted(lacking))}: language rates are "
+              "left out there")
 
 
 def read_run(folder):
-    """Return (arguments, evaluation rows) of a run folder."""
-    arguments = argparse.Namespace(**data.read_arguments(folder))
-    return arguments, [row for row in data.read_log(folder) if row["kind"] == "eval"]
+    """Return (arguments, evaluation rows) of a run folder. Raises FileNotFoundError, ValueError."""
+    path = Path(folder) / "args.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py")
+    arguments = argparse.Namespace(**read_json(path)["arguments"])
+    return arguments, [row for row in read_log(folder) if row["kind"] == "eval"]
+
+
+def read_log(folder):
+    """Return the rows of a run's log.jsonl; a last line that a kill tore off is left out."""
+    path = Path(folder) / "log.jsonl"
+    lines = path.read_text("utf-8").split("\n") if path.exists() else []
+    return [read_json(path, line) for line in lines[:-1]]
+
+
+def read_json(path, text=None):
+    """Return the value in a JSON file that our own scripts wrote, or in the given text of it."""
+    try:
+        return json.loads(Path(path).read_text("utf-8") if text is None else text)
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); mend it, or start the run anew") from None
+
+
+def choose_checkpoint(folder, by=None):
+    """Return the evaluation row of a run's chosen checkpoint; write its step to selected.json.
+
+    by: as in xlrs.choose; by default "xlrs" where the run measured it, else "dev", else the last.
+    XLRS counts down to the run's floor. The base, step 0, is not on offer: it has not learnt the
+    task, and its XLRS may be the lowest.
+    """
+    args, rows = read_run(folder)
+    if not rows:
+        raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
+    by = by or ("xlrs" if "xlrs" in rows[0] else "dev" if "dev_loss" in rows[0] else "last")
+    offered = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
+                "dev": -row.get("dev_loss", math.nan)} for row in rows]
+    chosen = offered[-1] if by == "last" else choose(offered[1:], by, args.reg_floor)
+    if by == "xlrs" and offered[0]["xlrs"] <= args.reg_floor:
+        print(f"{folder}: XLRS of the base, {offered[0]['xlrs']:.3f}, is not above --reg-floor "
+              f"{args.reg_floor:g}: there is little to choose by; set a lower floor, or --by dev")
+    data.write_file(Path(folder) / "selected.json", json.dumps({"by": by, **chosen}) + "\n")
+    return rows[offered.index(chosen)]
+
+
+def score_run(folder, tests, args, device, autocast):
+    """Score a run's base and chosen checkpoint on tests; print, and write to args.out or folder.
+
+    For a run from the toy base the shipped scores of the usual way stand between them: the same
+    without the regulariser, and the checkpoint that is best on the source language.
+    """
+    step = read_json(folder / "selected.json")["step"]
+    usual = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
+    systems = {"base": score_checkpoint(folder / "step_000000.pt", tests, args, device, autocast)}
+    if Path(args.init).resolve() == TOY_BASE and args.train[0] == "en" and usual.exists():
+        systems["usual way"] = read_json(usual)
+    systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", tests, args, device,
+                                           autocast)
+    report(systems, tests, args, step, Path(args.out or folder))
+
+
+def score_checkpoint(path, tests, args, device, autocast):
+    """Return {"scores": {language: …}, "outputs": {language: …}, "xlrs": {language: …}}."""
+    model, tokenizer = load(path)
+    model.to(device)
+    with autocast:
+        scores, outputs = score_tests(model, tokenizer, tests, args)
+        _, held_out = data.parallel_texts(args) if args.parallel else ({}, {})
+        similarity = similarities(model, tokenizer, held_out, args) if held_out else {}
+    return {"scores": scores, "outputs": outputs, "xlrs": similarity}
+
+
+def report(systems, tests, args, step, folder):
+    """Print systems, {name: what score_checkpoint() returns}; write the last one to folder."""
+    source, ours = data.languages(args)[0], list(systems.values())[-1]
+    folder.mkdir(parents=True, exist_ok=True)
+    data.write_file(folder / "scores.json", json.dumps(
+        {"task": args.task, "step": step, **ours,
+         "outputs": {lang: side[:1] for lang, side in ours["outputs"].items()}},
+        indent=1, ensure_ascii=False) + "\n")
+    lines = [{"language": lang, "source": text, "reference": reference, "output": output}
+             for lang, pairs in tests.items()
+             for (text, reference), output in zip(pairs, ours["outputs"][lang])]
+    data.write_file(folder / "outputs.jsonl", "".join(
+        json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+    header = ["ROUGE-L", "wrong %", f"{source} %", "XLRS"]
+    print(f"\n{args.task}, step {step}: {len(lines)} test texts in {len(tests)} languages")
+    table([[lang, *columns(ours, [lang])] for lang in tests], ["this run", *header])
+    targets = [lang for lang in tests if lang not in data.files_by_language(args.train)]
+    if targets:
+        print()
+        table([[name, *columns(system, targets)] for name, system in systems.items()],
+              [f"mean of {' '.join(targets)}", *header])
+        text, reference = tests[targets[0]][0]
+        answers = {name: system["outputs"][targets[0]][0] for name, system in systems.items()}
+        print()
+        for name, shown in {targets[0]: text, "reference": reference, **answers}.items():
+            print(f"{name:10}{shown[:300]}")
+    print(f"\nWritten to {folder}")
+
+
+def columns(system, languages, kinds=("rougeL", "wrong_language", "source_language")):
+    """Return the means over languages of a system's scores of these kinds, then of its XLRS."""
+    scores = [system["scores"][lang] for lang in languages if lang in system["scores"]]
+    similarity = [system["xlrs"][lang] for lang in languages if lang in system["xlrs"]]
+    return [*(mean(one[kind] for one in scores if kind in one) for kind in kinds),
+            f"{mean(similarity):.2f}" if similarity else ""]
+
+
+def compare(folders):
+    """Print a row a run: target languages' means; of runs that differ in the seed alone, theirs.
+
+    ± is half the width of the 95 % interval over seeds.
+    """
+    alike = {}  # all arguments but these -> rows
+    for folder in folders:
+        args = vars(read_run(folder)[0])
+        scores = read_json(Path(folder) / "scores.json")
+        seen = {word.partition("=")[0] for word in args["train"]}
+        key = json.dumps({name: args[name] for name in args if name not in (
+            "seed", "out", "resume")})
+        row = columns(scores, [lang for lang in scores["scores"] if lang not in seen],
+                      ("rougeL", "wrong_language", "source_language", "mixed"))
+        alike.setdefault(key, []).append([folder, args["task"], *row])
+    rows = []
+    for members in alike.values():
+        rows += members
+        if len(members) > 1:
+            numbers = [interval(map(float, column)) if "" not in column else ""
+                       for column in list(zip(*members))[2:]]
+            rows.append([f"  mean of {len(members)} seeds", members[0][1], *numbers])
+    table(rows, ["run", "task", "ROUGE-L", "wrong %", "source %", "mixed %", "XLRS"])
+
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
 
 
 def mean(values):
     """Return the mean of values, NaN of none."""
     values = list(values)
-    return sum(values) / len(values) if values else float("nan")
-
-
-MEASURES = {"xlrs": "xlrs", "dev": "dev_loss"}  # the rule, and the log's field that it goes by
-
-
-def best_row(rows, by, floor=-1.0):
-    """Return the evaluation row that the rule picks.
-
-    The base, step 0, is not on offer: it has not learnt the task, and its XLRS may be the lowest.
-    by: "xlrs" or "dev", and floor, as in xlrs.choose; the development score is minus the loss.
-    """
-    trained = [row for row in rows if row["step"] > 0]
-    known = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
-              "dev": -row.get("dev_loss", float("nan"))} for row in trained]
-    return trained[known.index(choose(known, by, floor))]
-
-
-def choose_checkpoint(folder, by=None):
-    """Return the row of a run's chosen checkpoint, and write its step to selected.json.
-
-    by: as in best_row; by default "xlrs" where the run measured it, else "dev", else the last.
-    XLRS counts down to the run's own floor; where the base is there already, that is printed.
-    """
-    args, rows = read_run(folder)
-    if not rows:
-        raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
-    by = by or next((by for by, field in MEASURES.items() if field in rows[0]), "last")
-    with data.naming(folder):
-        row = rows[-1] if by == "last" else best_row(rows, by, args.reg_floor)
-    if by == "xlrs" and (start := mean(rows[0]["xlrs"].values())) <= args.reg_floor:
-        print(f"{folder}: XLRS of the base, {start:.3f}, is not above --reg-floor "
-              f"{args.reg_floor:g}: there is little to choose by; set a lower floor, or take --by "
-              "dev")
-    chosen = {"step": row["step"], "by": by, **{key: row.get(key) for key in MEASURES.values()}}
-    data.write_file(Path(folder) / "selected.json", json.dumps(chosen, indent=1) + "\n")
-    return row
-
-
-def score_checkpoint(path, tests, args, device, autocast):
-    """Return (scores, outputs, XLRS), each {language: …}, of the checkpoint at path.
-
-    tests: {language: pairs}; args: a run's, which name the parallel text.
-    """
-    model, tokenizer = load(path)
-    with autocast:
-        scores, outputs = score_tests(model.to(device), tokenizer, tests, args)
-        similarity = {}
-        if args.parallel:
-            _, sentences = data.parallel_texts(args)
-            similarity = language_similarity(
-                vectors_by_language(model, tokenizer, sentences, args))
-    return scores, outputs, similarity
-
-
-def score_run(folder, tests, args, device, autocast, out=None):
-    """Score a run's base and chosen checkpoint on tests; print, and write to out or folder.
-
-    In the toy world the shipped scores of the usual way stand between them: fine-tuning without
-    the regulariser, and the checkpoint that is best on the source language.
-    """
-    path = folder / "selected.json"
-    if not path.is_file():
-        choose_checkpoint(folder)
-    step = data.parse(path.read_bytes(), path, {"step": data.NUMBER})["step"]
-    base, ours = (score_checkpoint(folder / f"step_{number:06d}.pt", tests, args, device, autocast)
-                  for number in (0, step))
-    report({"base": base, **usual_way(args), "this run": ours}, tests, args, step,
-           Path(out or folder))
-
-
-COMPARED = ("task", "train", "test", "lr", "steps", "batch_size", "test_size")
-
-
-def usual_way(args):
-    """Return {"--reg 0": (scores, outputs, XLRS)} as shipped for a run with these arguments, or {}.
-
-    The file is a copy of a run's scores.json; its outputs are the first of each language.
-    """
-    path = data.TOY / "results" / f"{args.task}.json"
-    if not path.is_file() or Path(args.init).resolve() != data.TOY / "base.pt":
-        return {}
-    content = json.loads(path.read_text())
-    if content["arguments"] != {name: getattr(args, name) for name in COMPARED}:
-        return {}
-    return {"--reg 0": (content["scores"], content["first_outputs"], content["xlrs"])}
-
-
-def report(systems, tests, args, step, folder):
-    """Print systems, {name: (scores, outputs, XLRS)}, side by side; write the last to folder.
-
-    scores.json: {"task", "step", "xlrs": {LANG: …}, "scores": {LANG: …}, …}; outputs.jsonl: an
-    object a test text.
-    """
-    scores, outputs, similarity = list(systems.values())[-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    data.write_file(folder / "scores.json", json.dumps(
-        {"task": args.task, "step": step, "xlrs": similarity, "scores": scores,
-         "first_outputs": {lang: side[:1] for lang, side in outputs.items()},
-         "arguments": {name: getattr(args, name, None) for name in COMPARED}},
-        indent=1, ensure_ascii=False) + "\n")
-    lines = [{"language": lang, "source": source, "reference": reference, "output": output}
-             for lang, pairs in tests.items()
-             for (source, reference), output in zip(pairs, outputs[lang])]
-    data.write_file(folder / "outputs.jsonl",
-                    "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-    source = data.languages(args)[0]
-    print(f"\n{args.task}: {len(lines)} test texts in {len(tests)} languages, step {step}")
-    print_scores(systems, source)
-    for lang in [lang for lang in tests if lang != source][:2]:
-        text, reference = tests[lang][0]
-        print(f"\n{lang}  {text}\n    {'reference':10}{reference}")
-        for name, (_, outputs, _) in systems.items():
-            print(f"    {name:10}{outputs[lang][0]}")
-    print(f"\nROUGE-L, 0 to 100, over tokens: {TOKENS}.\nwrong %: answers in another language "
-          f"than the row's, {source} %: in {source}; mixed %: {source} words in the answers.\n"
-          f"Written to {folder}.")
-
-
-def print_scores(systems, source):
-    """Print a row for each language and system, and for each system's mean but for the source."""
-    kinds = {"rougeL": "ROUGE-L", "wrong_language": "wrong %", "source_language": f"{source} %",
-             "mixed": "mixed %"}
-    rows = []
-    for language in [*next(iter(systems.values()))[0], f"mean but {source}"]:
-        for name, (scores, _, similarity) in systems.items():
-            among = [language] if language in scores else [x for x in scores if x != source]
-            known = [similarity[lang] for lang in among if lang in similarity]
-            rows.append([language if name == next(iter(systems)) else "", name,
-                         *(mean(scores[lang][kind] for lang in among) for kind in kinds),
-                         f"{mean(known):.2f}" if known else ""])
-    table(rows, ["language", "system", *kinds.values(), "XLRS"])
-
-
-# Many runs ----------------------------------------------------------------------------------------
-
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t for 1 to 9 degrees
-SCORES = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_language",
-          "mixed %": "mixed", "loops %": "loops"}  # column -> its key in scores
+    return sum(values) / len(values) if values else math.nan
 
 
 def mean_and_half(values):
     """Return (mean, half the width of its 95 % interval, NaN of one value), by Student's t."""
-    values = [value for value in values if value == value]  # NaN: undefined in that run
-    middle = mean(values)
+    values = list(values)
     if len(values) < 2:
-        return middle, math.nan
-    variance = sum((value - middle) ** 2 for value in values) / (len(values) - 1)
-    return middle, T95[min(len(values) - 2, len(T95) - 1)] * (variance / len(values)) ** 0.5
+        return mean(values), math.nan
+    t = T95[min(len(values) - 2, len(T95) - 1)]
+    return mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def interval(values, digits=1):
@@ -728,359 +581,136 @@ def interval(values, digits=1):
     return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
 
 
-KEPT = ("task", "train", "reg", "reg_floor", "freeze", "mix", "lr", "steps", "seed")
-CHECKPOINT = {"step": data.NUMBER, "xlrs": {str: float}, "xlrs_mismatched": {str: float},
-              "dev_loss": float, "test": {str: dict.fromkeys(SCORES.values(), float)}}
-RUN = {**{name: data.ARGUMENTS[name] for name in KEPT}, "base": CHECKPOINT,
-       "checkpoints": [CHECKPOINT]}
-
-
-def summarise(folder):
-    """Return what `compare` needs of a run: its arguments and its checkpoints' scores."""
-    args, rows = read_run(folder)
-    seen = {word.partition("=")[0] for word in args.train} - {data.languages(args)[0]}
-    if len(rows) < 2 or any(set(CHECKPOINT) - set(row) for row in rows):
-        raise ValueError(f"{folder}: expected checkpoints of a run with --dev, --test, --parallel")
-    base, *checkpoints = [{key: row[key] for key in CHECKPOINT} | {
-        "test": {lang: scores for lang, scores in row["test"].items() if lang not in seen}}
-        for row in rows]
-    known = {name: getattr(args, name) for name in KEPT}
-    known |= {"base": base, "checkpoints": checkpoints}
-    return json.loads(json.dumps(known), parse_float=lambda number: float(f"{float(number):.4g}"))
-
-
-def read_runs(paths):
-    """Return the summaries of run folders, or of the JSON files that `compare` wrote."""
-    runs = []
-    for path in map(Path, paths):
-        where = f"{path}: not a run folder, nor what --compare --out wrote"
-        found = [summarise(path)] if path.is_dir() else data.parse(path.read_bytes(), where, [RUN])
-        runs += data.check(found, where, [RUN])
-        with data.naming(path):
-            for run, by in itertools.product(found, MEASURES):
-                best_row(run["checkpoints"], by)
-    return runs
-
-
-def method(run):
-    """Return the name of a run's method, as it was asked for."""
-    words = [f"--reg {run['reg']:g}"] if run["reg"] else []
-    words += [f"--reg-floor {run['reg_floor']:g}"] if run["reg"] and run["reg_floor"] != FLOOR \
-        else []
-    words += ["--train " + " ".join(run["train"])] if len(run["train"]) > 1 else []
-    words += [f"--{name} " + " ".join(run[name]) for name in ("freeze", "mix") if run[name]]
-    return " ".join(words) or "--reg 0"
-
-
-def scores_of(run, row):
-    """Return {column: number} of a checkpoint, `row` of a run.
-
-    Means over the languages that the run did not train on; NaN where the source was not tested.
-    """
-    source = run["train"][0].partition("=")[0]
-    targets = [scores for lang, scores in row["test"].items() if lang != source]
-    return {**{name: mean(scores[kind] for scores in targets) for name, kind in SCORES.items()},
-            "source ROUGE-L": row["test"].get(source, {}).get("rougeL", math.nan),
-            "XLRS": mean(row["xlrs"].values()),
-            "XLRS mismatched": mean(row["xlrs_mismatched"].values())}
-
-
-def by_language(run, row):
-    """Return {column: number} of a checkpoint: two columns a target language."""
-    source = run["train"][0].partition("=")[0]
-    return {f"{lang} {name}": scores[SCORES[name]] for lang, scores in row["test"].items()
-            if lang != source for name in ("ROUGE-L", "wrong %")}
-
-
-def by_rule(run, _):
-    """Return {rule: target ROUGE-L of the checkpoint that the rule picks from a run}."""
-    rows = run["checkpoints"]
-    picks = {"XLRS down to the floor": best_row(rows, "xlrs", run["reg_floor"]),
-             "lowest XLRS": best_row(rows, "xlrs"), "best dev": best_row(rows, "dev"),
-             "last step": rows[-1],
-             "oracle": max(rows, key=lambda row: scores_of(run, row)["ROUGE-L"])}
-    return {name: scores_of(run, row)["ROUGE-L"] for name, row in picks.items()}
-
-
-def within_run(run, _):
-    """Return {score: its rank correlation with XLRS over the checkpoints of a run}."""
-    scores = [scores_of(run, row) for row in run["checkpoints"]]
-    similarity = [numbers["XLRS"] for numbers in scores]
-    return {f"{name} (rho)": spearman(similarity, [numbers[name] for numbers in scores])
-            for name in ("ROUGE-L", "wrong %")}
-
-
-def print_means(title, heads, checkpoints, measure=scores_of):
-    """Print a table: mean ± 95 % interval over runs, then of the mean over the tasks.
-
-    checkpoints: (run, row) pairs; measure(run, row) returns {column: number}. heads: what a row of
-    the table has in common, the task first. Tasks are averaged seed by seed, where a seed has them
-    all.
-    """
-    groups, seeds = {}, {}
-    for run, row in checkpoints:
-        known = {"task": run["task"], "lr": f"{run['lr']:g}", "method": method(run),
-                 "step": row["step"]}
-        task, *rest = (known[head] for head in heads)
-        numbers = measure(run, row)
-        groups.setdefault((task, *rest), []).append(numbers)
-        seeds.setdefault((*rest, run["seed"]), {})[task] = numbers
-    tasks = {task for task, *_ in groups}
-    for (*rest, _), by_task in seeds.items():
-        if len(by_task) == len(tasks) > 1:
-            average = {name: mean(numbers.get(name, math.nan) for numbers in by_task.values())
-                       for name in next(iter(by_task.values()))}
-            groups.setdefault(("mean", *rest), []).append(average)
-    columns = list(dict.fromkeys(name for members in groups.values() for name in members[0]))
-    digits = {name: 2 if name in ("XLRS", "XLRS mismatched") or "rho" in name else 1
-              for name in columns}
-    print(f"\n{title}")
-    table([[*head, len(members), *(
-        interval([numbers.get(name, math.nan) for numbers in members], digits[name])
-        if name in members[0] else "" for name in columns)] for head, members in groups.items()],
-          [*heads, "runs", *columns])
-
-
-def at_usual_rate(runs):
-    """Return the runs at the learning rate that most of them have."""
-    rates = [run["lr"] for run in runs]
-    return [run for run in runs if run["lr"] == max(rates, key=rates.count)]
-
-
-def chosen_row(run):
-    """Return the checkpoint that is chosen without any target-language data.
-
-    By XLRS where it was regularised, as in the paper; else by English development loss, as usual.
-    """
-    return best_row(run["checkpoints"], "xlrs" if run["reg"] else "dev", run["reg_floor"])
-
-
-def at_its_best(runs):
-    """Return (run, checkpoint) pairs at the learning rate and step that serve each task best.
-
-    Best is the highest target ROUGE-L, mean over seeds, on the test set itself: more than anybody
-    could choose, so that no method is called ahead of a badly tuned one.
-    """
-    choices = {}  # (task, method) -> {(lr, step): [(run, checkpoint), …]}
-    for run in runs:
-        for row in run["checkpoints"]:
-            choices.setdefault((run["task"], method(run)), {}).setdefault(
-                (run["lr"], row["step"]), []).append((run, row))
-    return [pair for by_choice in choices.values() for pair in max(
-        by_choice.values(), key=lambda pairs: mean(
-            scores_of(run, row)["ROUGE-L"] for run, row in pairs))]
-
-
-def headline(checkpoints, name):
-    """Return how far a method is from `--reg 0`, cells of a table: before -> after (difference).
-
-    checkpoints: (run, row) pairs. Means over the languages that both are judged on and over the
-    tasks, of the seeds that have them all; the difference seed by seed, with its 95 % interval.
-    """
-    pairs = [(run, row) for run, row in checkpoints if method(run) in ("--reg 0", name)]
-    tasks = {run["task"] for run, _ in pairs}
-    judged = set.intersection(*(set(row["test"]) for _, row in pairs))
-    found = {}  # (method, seed) -> {task: {column: number}}
-    for run, row in pairs:
-        tests = {lang: row["test"][lang] for lang in judged}
-        found.setdefault((method(run), run["seed"]), {})[run["task"]] = scores_of(
-            run, {**row, "test": tests})
-    seeds = [seed for kind, seed in found if kind == name and all(
-        set(found.get((either, seed), ())) == tasks for either in ("--reg 0", name))]
-
-    cells = []
-    for column in ("source %", "wrong %", "ROUGE-L", "loops %", "source ROUGE-L"):
-        before, after = ([mean(numbers[column] for numbers in found[kind, seed].values())
-                          for seed in seeds] for kind in ("--reg 0", name))
-        change = interval([b - a for a, b in zip(before, after)])
-        cells.append(f"{mean(before):.1f} -> {mean(after):.1f} ({change})")
-        if column == "source %":
-            share = 100 * (mean(after) / mean(before) - 1) if any(before) else math.nan
-            cells.insert(0, f"{share:.0f} %")
-    return [len(seeds), *cells]
-
-
-def across_runs(runs):
-    """Return rows: rank correlations of XLRS with scores over the last checkpoints of runs.
-
-    With their 95 % intervals by Fisher's transformation.
-    """
-    rows = []
-    for task in dict.fromkeys(run["task"] for run in runs):
-        for kind in ("--reg 0", "every method"):
-            chosen = [run for run in runs
-                      if run["task"] == task and kind in ("every method", method(run))]
-            last = [scores_of(run, run["checkpoints"][-1]) for run in chosen]
-            rows.append([task, kind, len(chosen), *(
-                fisher([numbers["XLRS"] for numbers in last], [numbers[name] for numbers in last])
-                for name in ("ROUGE-L", "wrong %"))])
-    return rows
-
-
-def fisher(x, y):
-    """Return "rho [low, high]": Spearman's correlation and its 95 % interval."""
-    rho = spearman(x, y)
-    if len(x) < 4 or not abs(rho) < 1:
-        return f"{rho:.2f}"
-    half = 1.96 / math.sqrt(len(x) - 3)
-    return f"{rho:.2f} [{math.tanh(math.atanh(rho) - half):.2f}, " \
-           f"{math.tanh(math.atanh(rho) + half):.2f}]"
-
-
-def compare(paths, out=None):
-    """Print tables over runs, folders or the JSON that this wrote to out: mean ± 95 % interval.
-
-    Scores are means over the languages that a run did not train on.
-    """
-    runs = read_runs(paths)
-    if out:
-        lines = [json.dumps(run, ensure_ascii=False) for run in runs]
-        data.write_file(out, "[" + ",\n".join(lines) + "]\n")
-    usual = at_usual_rate(runs)
-    picked = {"last step": [(run, run["checkpoints"][-1]) for run in usual],
-              "chosen checkpoint": [(run, chosen_row(run)) for run in usual],
-              "each at its best": at_its_best(runs)}
-    for name in dict.fromkeys(map(method, usual)):
-        if name != "--reg 0" and headline(picked["last step"], name)[0]:
-            print(f"\n--reg 0 -> {name} (difference ± 95 % interval over seeds), "
-                  "mean over the tasks:")
-            table([[title, *headline(checkpoints, name)] for title, checkpoints in picked.items()],
-                  ["", "seeds", "source % by", "source %", "wrong %", "ROUGE-L", "loops %",
-                   "source ROUGE-L"])
-
-    last = [(run, run["checkpoints"][-1]) for run in runs]
-    heads = ["task", "lr", "method"]
-    print_means("At the last step:", heads, last)
-    print_means("At the checkpoint chosen by XLRS where --reg is on, else by source dev loss:",
-                heads, [(run, chosen_row(run)) for run in runs],
-                lambda run, row: {"step": row["step"], **scores_of(run, row)})
-    print_means("At the last step, by language:", heads, picked["last step"], by_language)
-    print_means("At the learning rate and step that are best on the test set:", ["task", "method"],
-                picked["each at its best"], lambda run, row: {
-                    "lr / 1e-4": run["lr"] * 1e4, "step": row["step"], **scores_of(run, row)})
-    print_means(f"Step by step, learning rate {usual[0]['lr']:g}:", ["task", "method", "step"],
-                [(run, row) for run in usual if method(run).startswith("--reg")
-                 for row in [run["base"], *run["checkpoints"]]])
-    print_means("ROUGE-L of the checkpoint chosen by each rule:", heads, last, by_rule)
-    print_means("Spearman's rank correlation with XLRS over the checkpoints of a run:", heads, last,
-                within_run)
-    print("\nSpearman's rank correlation with XLRS over runs, at the last step:")
-    table(across_runs(runs), ["task", "method", "runs", "ROUGE-L", "wrong %"])
+def table(rows, header):
+    """Print rows as an aligned table: text to the left, numbers with one decimal to the right."""
+    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row]
+             for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        print("  ".join(cell.rjust(w) if i else cell.ljust(w)
+                        for i, (cell, w) in enumerate(zip(row, widths))).rstrip())
 
 
 # Command line -------------------------------------------------------------------------------------
 
-
-def bounded(kind, least, most=math.inf):
-    """Return an argparse type: a finite number in [least, most]; kind: int or float."""
-    def convert(text):
-        value = kind(text)
-        if not least <= value <= most or value == math.inf:
-            limit = f"at most {most}" if value > most else f"at least {least}"
-            raise argparse.ArgumentTypeError(f"expected a finite number, {limit}, found {text}")
-        return value
-    convert.__name__ = "whole number" if kind is int else "number"
-    return convert
+def positive(text):
+    """An argparse type: a whole number from 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text}")
+    return value
 
 
-def precision(text):
-    """An argparse type: the name of a precision that mT5 can compute in."""
-    if text not in ("float32", "bfloat16"):
-        why = "; mT5's states overflow float16 to NaN" if text in ("float16", "fp16") else ""
-        raise argparse.ArgumentTypeError(f"expected float32 or bfloat16, found {text!r}{why}")
-    return text
+def add_texts(parser):
+    """Add the flags on texts and device that train.py and eval.py share."""
+    parser.epilog = "TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE."
+    add = parser.add_argument_group("task and text").add_argument
+    add("--task", choices=data.TASKS, help="of the toy world (completion)")
+    add("--train", nargs="+", metavar="TEXT", default=["en"],
+        help="training pairs; the first language is the source (en)")
+    add("--test", nargs="+", metavar="TEXT", help="test pairs (toy: every language)")
+    add("--parallel", nargs="+", metavar="TEXT",
+        help="aligned lines, for XLRS and the regulariser (toy: every language)")
+    add("--fields", metavar="SOURCE,TARGET", default="source,target",
+        help="column names in JSONL, TSV and CSV files (%(default)s)")
+    add("--test-size", type=positive, metavar="N", help="test texts a language (all; toy: 200)")
+    add("--eval-size", type=positive, default=100, metavar="N",
+        help="texts a language at each checkpoint, and in all to measure XLRS on (%(default)s)")
+    add("--max-source", type=positive, default=512, metavar="N",
+        help="longest source in tokens; longer ones are cut (%(default)s)")
+    add("--max-target", type=positive, metavar="N",
+        help="longest target in tokens, also in generation (64; toy: 32)")
+    add("--num-beams", type=positive, default=1, metavar="N", help="in generation (1: greedy)")
+    add("--device", help="cpu, cuda, … (cuda where there is one)")
+    add("--dtype", choices=["float32", "bfloat16"],
+        help="of matrix products; weights stay float32 (bfloat16 on a GPU that has it, else "
+             "float32; mT5 overflows float16)")
+    add("--out", metavar="FOLDER", help="where the results go (train.py: runs/NAME)")
+
+
+def complete(args):
+    """Return args with the defaults that depend on whether files were named."""
+    source, in_files = args.train[0].partition("=")[0], "=" in args.train[0] + str(args.test)
+    args.task = args.task or ("files" if in_files else "completion")
+    if not in_files:
+        everywhere = [source, *(lang for lang in data.TOY_LANGUAGES if lang != source)]
+        args.test = args.test or everywhere
+        args.parallel = args.parallel or everywhere
+    args.max_target = args.max_target or (64 if in_files else 32)
+    return args
+
+
+def pick_device(args):
+    """Return (device, autocast context) as asked for or, where not, the best; say which."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {device}: torch can't compute there; leave it out") from None
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    dtype = args.dtype or ("bfloat16" if has_bf16 else "float32")
+    why = "as asked" if args.dtype else "it has bfloat16" if has_bf16 else "it has no fast bfloat16"
+    print(f"device {device}, {dtype} ({why})")
+    return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language.",
-        epilog="TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE. "
-               "What is not given is as in the run; for a checkpoint as train.py has it in the "
-               "toy world (answers of at most 32 tokens).")
-    model = parser.add_argument_group("score a model")
-    model.add_argument("model", nargs="?", metavar="CHECKPOINT|RUN", help="what to score")
-    model.add_argument("--by", choices=["xlrs", "dev"], help="choose the run's checkpoint anew")
-    model.add_argument("--task", choices=data.TASKS, help="task of the toy world")
-    model.add_argument("--train", nargs="+", metavar="LANG", help="what it was fine-tuned on")
-    model.add_argument("--test", nargs="+", metavar="TEXT", help="test pairs")
-    model.add_argument("--parallel", nargs="+", metavar="TEXT", help="parallel text, for XLRS")
-    model.add_argument("--fields", metavar="SOURCE,TARGET", help="column names in files")
-    model.add_argument("--test-size", type=bounded(int, 1), metavar="N",
-                       help="test texts a language")
-    model.add_argument("--num-beams", type=bounded(int, 1), metavar="N", help="beams in generation")
-    model.add_argument("--device", help="cpu, cuda, … (default cuda where there is one)")
-    model.add_argument("--dtype", type=precision, metavar="float32|bfloat16",
-                       help="precision of the matrix products (default as in train.py)")
-    model.add_argument("--out", metavar="PATH", help="where scores.json and outputs.jsonl go "
-                       "(default: the run; for a checkpoint runs/eval)")
-    files = parser.add_argument_group("score files, one text a line")
-    files.add_argument("--hyp", metavar="FILE", help="the system's outputs")
-    files.add_argument("--ref", metavar="FILE", help="the references, aligned by line")
-    files.add_argument("--lang", help="their language, ISO 639-1")
-    files.add_argument("--source", default="en", help="the language fine-tuned on (default en)")
-    files.add_argument("--candidates", nargs="+", metavar="LANG",
-                       help="languages that the identifier may answer (default: all it knows)")
-    runs = parser.add_argument_group("compare runs")
-    runs.add_argument("--compare", nargs="+", metavar="RUN",
-                      help="print tables over runs (or the JSON of an earlier --compare); with "
-                           "--out FILE keep what they were made of")
-    lid = parser.add_argument_group("language identifier")
-    lid.add_argument("--train-lid", nargs=2, metavar=("DIR", "OUT"),
-                     help="rebuild the table OUT from NTREX-128's files in DIR")
+        description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language. "
+                    "What is not given is as in the run.")
+    add = parser.add_argument
+    add("model", nargs="?", metavar="CHECKPOINT|RUN", help="what to score")
+    add("--by", choices=["xlrs", "dev"], help="choose the run's checkpoint anew")
+    add("--compare", nargs="+", metavar="RUN", help="print a row a run, and means over seeds")
+    add_texts(parser)
+    add = parser.add_argument_group("files of any system, a text a line").add_argument
+    add("--hyp", metavar="FILE", help="the outputs")
+    add("--ref", metavar="FILE", help="the references, aligned by line")
+    add("--lang", help="their language, ISO 639-1")
+    add("--source", default="en", help="the language fine-tuned on (en)")
+    add("--expected", nargs="+", metavar="LANG", help="languages that are likelier (none)")
     args = parser.parse_args(argv)
-    if not (args.model or args.compare or args.train_lid or (args.hyp and args.ref and args.lang)):
+    if not (args.model or args.compare or (args.hyp and args.ref and args.lang)):
         parser.error("expected CHECKPOINT|RUN, or --hyp FILE --ref FILE --lang LANG, or "
-                     "--compare RUN…, or --train-lid DIR OUT")
-    return args
+                     "--compare RUN…")
+    if args.model and Path(args.model).is_dir():  # what is not given is as in the run
+        known, _ = read_run(args.model)
+        known.out = None  # where it was written; it may have moved
+        args = parser.parse_args(argv, known)
+    return complete(args)
 
 
 def score_model(args):
     """Score the run or the checkpoint that args.model names."""
     path = Path(args.model)
-    toy = data.TOY_LANGUAGES
-    known = (vars(read_run(path)[0]) if path.is_dir() else
-             dict(task="completion", train=["en"], test=toy, parallel=toy, fields="source,target",
-                  test_size=None, eval_size=100, num_beams=1, max_source=512, max_target=32))
-    asked = {name: value for name, value in vars(args).items() if value is not None}
-    merged = argparse.Namespace(**{**known, **asked})
-    device, dtype, _ = pick_device(args.device, args.dtype)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    tests = data.task_pairs(merged.test, merged, "test", merged.test_size)
+    device, autocast = pick_device(args)
+    say_unidentified(args)
+    tests = data.task_pairs(args.test, args, "test", args.test_size)
     if not tests:
         raise ValueError("no test pairs; name some with --test LANG=FILE")
     if path.is_dir():
-        if args.by:
+        if args.by or not (path / "selected.json").exists():
             choose_checkpoint(path, args.by)
-        score_run(path, tests, merged, device, autocast, args.out)
+        score_run(path, tests, args, device, autocast)
     else:
-        system = score_checkpoint(path, tests, merged, device, autocast)
-        report({path.name: system}, tests, merged, None, Path(args.out or "runs/eval"))
+        report({path.name: score_checkpoint(path, tests, args, device, autocast)}, tests, args,
+               None, Path(args.out or "runs/eval"))
 
 
 def score_files(args):
     """Score the outputs in the file args.hyp against the references in args.ref; print."""
-    outputs, references = data.read_lines(args.hyp), data.read_lines(args.ref)
-    identifier().choice([args.lang, args.source])
-    if args.candidates and args.lang not in args.candidates:
-        raise ValueError(f"--candidates: expected {args.lang} among {' '.join(args.candidates)}")
-    if len(outputs) != len(references):
-        raise ValueError(f"expected as many lines in {args.ref} as in {args.hyp}, found "
-                         f"{len(references)} and {len(outputs)}")
-    scores = score(outputs, references, args.lang, args.source, identifier(), args.candidates)
+    outputs, references = list(data.each_line(args.hyp)), list(data.each_line(args.ref))
+    scores = score(outputs, references, args.lang, args.source, identifier(), args.expected)
     table([[args.lang, *scores.values()]], ["language", *scores])
-    print(f"tokens of ROUGE-L: {TOKENS}")
-    print(json.dumps({args.lang: scores}))
 
 
 def main(argv=None):
-    args = parse_args(argv)
     try:
-        if args.model:
+        args = parse_args(argv)
+        if args.compare:
+            compare(args.compare)
+        elif args.model:
             score_model(args)
-        elif args.compare:
-            compare(args.compare, args.out)
-        elif args.train_lid:
-            train_lid(*args.train_lid)
         else:
             score_files(args)
     except (ValueError, OSError) as error:

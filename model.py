@@ -1,4 +1,4 @@
-"""mT5, written out: config and sizes, encoder-decoder, loss, generation, conversion.
+"""mT5, written out: sizes, encoder-decoder, loss, generation, checkpoint, conversion, export.
 
 What makes mT5 (the T5 1.1 architecture) not the Transformer of the textbook:
 - no position embeddings: a learnt number per head and bucket of distances is added to the scores
@@ -8,18 +8,14 @@ What makes mT5 (the T5 1.1 architecture) not the Transformer of the textbook:
 - feed-forward gated by a tanh-GELU; the output head is neither tied to the embedding nor scaled.
 
 Shapes: B sentences, S source tokens, T target tokens, D width, H heads, K width of a head,
-V vocabulary; N the real tokens of a batch; W beams of a sentence, one in greedy generation. A mask
-is True at real tokens.
+V vocabulary, W beams. A mask is True at real tokens.
 """
 
 import argparse
+import contextlib
 import json
 import math
-import mmap
 import re
-import sys
-import warnings
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,12 +23,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import (EOS, IGNORE, PAD, Tokenizer, brief, check, check_text, each_line, naming,
-                  parse, write_file)
+from data import EOS, IGNORE, PAD, UNK, Tokenizer, each_line, write_file
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
-# Of weights, under their names in safetensors files.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The scores of a thousand target tokens over mT5's vocabulary take 1 GB, their gradient as much
+# again: the loss makes those of 256 tokens at a time.
+IN_PARTS = nn.LinearCrossEntropyOptions(batch_chunk_size=256, chunking_method=None)
+# cuDNN's attention would build a graph for every new length, up to 0.4 s each.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @dataclass
@@ -51,35 +49,15 @@ class MT5Config:
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
 
-    def __post_init__(self):
-        for name, value in vars(self).items():  # below 10^6, no size of a matrix overflows
-            kind = float if name in ("dropout_rate", "layer_norm_epsilon") else int
-            least = 0 if name == "dropout_rate" else 1e-30
-            if type(value) not in (kind, int) or not least <= value < 1e6:
-                raise ValueError(f"config: expected a positive {kind.__name__} below 1,000,000 as "
-                                 f"{name}, found {brief(value)}")
-        if self.dropout_rate >= 1:
-            raise ValueError(f"config: expected dropout_rate below 1, found {self.dropout_rate}")
-        buckets, distance = (self.relative_attention_num_buckets,
-                             self.relative_attention_max_distance)
-        if buckets % 4 or distance <= buckets // 2:
-            raise ValueError("config: expected relative_attention_num_buckets to be a multiple of "
-                             "4 and relative_attention_max_distance above half of it, found "
-                             f"{buckets} and {distance}")
 
-
-def _size(d_model, d_ff, layers, heads):
-    return MT5Config(d_model=d_model, d_ff=d_ff, num_layers=layers, num_decoder_layers=layers,
-                     num_heads=heads)
-
-
-SIZES = {
-    "small": _size(512, 1024, 8, 6),  # 300 million parameters, 85 % of them embedding and head
-    "base": _size(768, 2048, 12, 12),  # 582 million
-    "large": _size(1024, 2816, 24, 16),  # 1.2 billion
-    "xl": _size(2048, 5120, 24, 32),  # 3.7 billion
-    "xxl": _size(4096, 10240, 24, 64),  # 12.9 billion
-}
+SIZES = {name: MT5Config(d_model=width, d_ff=inner, num_layers=layers, num_decoder_layers=layers,
+                         num_heads=heads)
+         for name, width, inner, layers, heads in [
+             ("small", 512, 1024, 8, 6),  # 300 million parameters, 85 % embedding and head
+             ("base", 768, 2048, 12, 12),  # 582 million
+             ("large", 1024, 2816, 24, 16),  # 1.2 billion
+             ("xl", 2048, 5120, 24, 32),  # 3.7 billion
+             ("xxl", 4096, 10240, 24, 64)]}  # 12.9 billion
 
 
 class MT5(nn.Module):
@@ -94,58 +72,36 @@ class MT5(nn.Module):
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.initialise()
 
-    def initialise(self):
-        """Draw all weights from normal distributions of mesh-tensorflow's widths.
+    def forward(self, input_ids, mask, labels):
+        """Return the mean cross-entropy of the real labels, a float32 scalar in nats a token.
 
-        Each keeps the variance of what passes through it at one; a query's also carries the
-        factor K^-0.5 that mT5 leaves out of its scores.
+        input_ids (B, S) int64; mask (B, S) bool; labels (B, T) int64, IGNORE (-100) at padding.
         """
-        width, inner = self.config.d_model, self.config.num_heads * self.config.d_kv
-        std = {
-            "embedding": 1.0,
-            "q": (width * self.config.d_kv) ** -0.5,
-            "k": width ** -0.5,
-            "v": width ** -0.5,
-            "o": inner ** -0.5,
-            "gate": width ** -0.5,
-            "up": width ** -0.5,
-            "down": self.config.d_ff ** -0.5,
-            "positions": width ** -0.5,  # as transformers has it
-        }
-        for name, module in self.named_modules():
-            if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.head:
-                nn.init.normal_(module.weight, std=std[name.rpartition(".")[2]])
-        # mesh-tensorflow draws the head afresh, with this same width. Ours starts it as the scaled
-        # embedding, as if the two were tied, and lets them part.
-        with torch.no_grad():
-            self.head.weight.copy_(self.embedding.weight * width ** -0.5)
+        hidden, weight = self.decode(input_ids, mask, labels), self.head.weight
+        real = (labels != IGNORE).nonzero(as_tuple=True)
+        if torch.is_grad_enabled():  # torch's loss ignores autocast, and would round to its
+            weight = in_autocast(weight)  # precision: a loss that is only read stays exact
+        return F.linear_cross_entropy(hidden[real].to(weight.dtype), weight, labels[real],
+                                      options=IN_PARTS).float()
+
+    def logits(self, input_ids, mask, labels):
+        """Return the scores of each next token (B, T, V), the decoder being fed the true labels."""
+        return self.head(self.decode(input_ids, mask, labels))
 
     def encode(self, input_ids, mask):
         """Return the final encoder states (B, S, D). input_ids (B, S) int64, mask (B, S) bool."""
         return self.encoder(self.embedding(input_ids), mask)
 
-    def logits(self, input_ids, mask, labels):
-        """Return the scores of each next token (B, T, V), the decoder being fed the true labels.
-
-        input_ids (B, S) int64; mask (B, S) bool; labels (B, T) int64, IGNORE (-100) at padding.
-        """
-        states = self.encode(input_ids, mask)
-        everywhere = torch.ones_like(labels, dtype=torch.bool)
-        return self.head(self.decoder(self.embedding(shift(labels)), states, mask, everywhere))
-
-    def forward(self, input_ids, mask, labels):
-        """Return the mean cross-entropy of the real labels, a float32 scalar in nats a token.
-
-        The same as from logits(), but the padding has no scores, and source and target share one
-        lookup, since the gradient of every lookup is a tensor as large as the embedding.
-        """
-        previous, real = shift(labels), labels != IGNORE
-        fed = real.flip(1).cumsum(1).flip(1) > 0  # up to the last real label
-        ids = torch.cat([input_ids.flatten(), previous.flatten()])
-        source, target = self.embedding(ids).split([input_ids.numel(), previous.numel()])
-        states = self.encoder(source.view(*input_ids.shape, -1), mask)
-        hidden = self.decoder(target.view(*labels.shape, -1), states, mask, fed)
-        return HeadLoss.apply(hidden[real], self.head.weight, labels[real])
+    def decode(self, input_ids, mask, labels):
+        """Return the final decoder states (B, T, D), each fed the labels before it."""
+        fed = F.pad(labels, (1, -1), value=PAD)  # PAD starts the target, too
+        fed = fed.masked_fill(fed == IGNORE, PAD)
+        # One lookup for both, since the gradient of each is as large as the whole embedding.
+        both = self.embedding(torch.cat([input_ids.flatten(), fed.flatten()]))
+        source, target = both.split([input_ids.numel(), fed.numel()])
+        states = self.encoder(source.unflatten(0, input_ids.shape), mask)
+        seen = self.decoder.look_at(states, mask)
+        return self.decoder(target.unflatten(0, fed.shape), seen)[0]
 
     @torch.no_grad()
     def generate(self, input_ids, mask, max_new_tokens, num_beams=1):
@@ -154,16 +110,26 @@ class MT5(nn.Module):
         num_beams 1 takes the best token at each step; more search with that many beams.
         """
         assert not self.training, "generate() would drop out: call model.eval() first"
-        states = self.encode(input_ids, mask)
+        source = self.decoder.look_at(self.encode(input_ids, mask), mask)
         if num_beams == 1:
-            return greedy(self, states, mask, max_new_tokens)
-        return beam_search(self, states, mask, max_new_tokens, num_beams)
+            return greedy(self, source, len(mask), max_new_tokens)
+        return beam_search(self, source, len(mask), max_new_tokens, num_beams)
 
+    def initialise(self):
+        """Draw all weights from normal distributions of mesh-tensorflow's widths.
 
-def shift(labels):
-    """Return what the decoder is fed, (B, T): PAD, then all labels but the last."""
-    previous = F.pad(labels, (1, -1), value=PAD)
-    return previous.masked_fill(previous == IGNORE, PAD)
+        Each keeps the variance of what passes through it at one; a query's also carries the
+        factor K^-0.5 that mT5 leaves out of its scores.
+        """
+        c = self.config
+        std = dict.fromkeys(("k", "v", "gate", "up", "positions"), c.d_model ** -0.5)
+        std |= {"embedding": 1.0, "q": (c.d_model * c.d_kv) ** -0.5, "down": c.d_ff ** -0.5,
+                "o": (c.num_heads * c.d_kv) ** -0.5}
+        for name, module in self.named_modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.head:
+                nn.init.normal_(module.weight, std=std[name.rpartition(".")[2]])
+        with torch.no_grad():  # ours: as if it were tied to the embedding, and lets them part
+            self.head.weight.copy_(self.embedding.weight * c.d_model ** -0.5)
 
 
 class Encoder(nn.Module):
@@ -171,25 +137,18 @@ class Encoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.positions = Positions(config, both_ways=True)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_layers))
         self.norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.max_distance = config.relative_attention_max_distance
 
     def forward(self, x, mask):
-        """Return final states (B, S, D) of embeddings x (B, S, D); mask (B, S) True at real tokens.
-
-        Scores towards padding get the lowest finite number, not -inf: a sentence without any real
-        token then has no NaN. States at padding are zero, except in compiled code.
-        """
-        bias = position_bias(self.positions, x.shape[1], self.max_distance, bidirectional=True)
-        bias = hide(bias, mask[:, None, None, :])  # (B, H, S, S)
-        tokens = Tokens(mask)
-        x = self.dropout(tokens.pack(x))
+        """Return final states (B, S, D) of embeddings x (B, S, D); mask (B, S)."""
+        bias = hide(self.positions(0, x.shape[1]), mask[:, None, None, :])  # (B, H, S, S)
+        x = self.dropout(x)
         for layer in self.layers:
-            x = layer(x, tokens, bias)
-        return tokens.pad(self.dropout(self.norm(x)))
+            x = layer(x, bias)
+        return self.dropout(self.norm(x))
 
 
 class Decoder(nn.Module):
@@ -197,100 +156,64 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.positions = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+        self.positions = Positions(config, both_ways=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_decoder_layers))
         self.norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
-        self.max_distance = config.relative_attention_max_distance
 
-    def causal_bias(self, length):
-        """Return what is added to the scores of self-attention, (1, H, T, T)."""
-        bias = position_bias(self.positions, length, self.max_distance, bidirectional=False)
-        seen = torch.ones(length, length, dtype=torch.bool, device=bias.device).tril()
-        return hide(bias, seen)
+    def look_at(self, states, mask):
+        """Return what forward() sees of the source: keys and values by layer, and who is hidden."""
+        return ([layer.cross.keys_values(states) for layer in self.layers],
+                hide(states.new_zeros(()), mask[:, None, None, :]))  # (B, 1, 1, S)
 
-    def forward(self, x, states, mask, fed):
-        """Return final states (B, T, D) of target embeddings x (B, T, D), all positions at once.
+    def forward(self, x, source, past=None):
+        """Return (final states (B, T, D), keys and values by layer) of target embeddings x.
 
-        states (B, S, D) from the encoder; mask (B, S) True at real source tokens; fed (B, T) True
-        up to the last target token that counts: the states beyond are zero.
+        source: look_at(); past: keys and values of the targets before x, in generation.
         """
-        bias = self.causal_bias(x.shape[1])
-        source_bias = hide(x.new_zeros(()), mask[:, None, None, :])  # (B, 1, 1, S)
-        source, target = Tokens(mask), Tokens(fed)
-        states, x = source.pack(states), self.dropout(target.pack(x))
-        for layer in self.layers:
-            x = layer(x, target, bias, layer.cross.keys_values(states, source), source_bias)
-        return target.pad(self.dropout(self.norm(x)))
-
-
-class Tokens:
-    """Where the N real tokens of a padded batch stand.
-
-    Layers work on those alone, (N, D); only attention itself needs them padded. That saves the
-    share of padding, a third of a ragged batch.
-    """
-
-    def __init__(self, mask):
-        self.shape = mask.shape  # (B, S)
-        full = torch.compiler.is_compiling() or mask.all()  # compiled code likes constant shapes
-        self.places = None if full else mask.flatten().nonzero()[:, 0]
-
-    def pack(self, x):
-        """Return (N, D) from x (B, S, D)."""
-        x = x.flatten(0, 1)
-        return x if self.places is None else x.index_select(0, self.places)
-
-    def pad(self, x):
-        """Return (B, S, D), zero at padding, from x (N, D)."""
-        if self.places is not None:
-            x = x.new_zeros(self.shape.numel(), x.shape[1]).index_copy(0, self.places, x)
-        return x.unflatten(0, self.shape)
+        start = past[0][0].shape[2] if past else 0
+        seen = torch.ones(x.shape[1], start + x.shape[1], dtype=torch.bool, device=x.device)
+        bias = hide(self.positions(start, seen.shape[1]), seen.tril(start))  # (1, H, T, all so far)
+        x, kept, (source_kv, source_bias) = self.dropout(x), [], source
+        for i, layer in enumerate(self.layers):
+            x, own_kv = layer(x, bias, source_kv[i], source_bias, past and past[i])
+            kept.append(own_kv)
+        return self.dropout(self.norm(x)), kept
 
 
 class EncoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.attention = SelfAttention(config)
+        self.attention = Attention(config)
         self.attention_norm = Norm(config)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout_rate)
 
-    def forward(self, x, tokens, bias):
-        """Return (N, D) from x (N, D), the source's real tokens."""
-        x = x + self.dropout(self.attention(self.attention_norm(x), tokens, bias))
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.attention = CausalSelfAttention(config)
-        self.attention_norm = Norm(config)
-        self.cross = CrossAttention(config)
-        self.cross_norm = Norm(config)
-        self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = Norm(config)
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, x, target, bias, source_kv, source_bias, cache=None, t=None):
-        """Return (N, D) from x (N, D), the target's real tokens, or, with a cache, those at t.
-
-        target: their places; source_kv: the source's keys and values, of this layer's cross.
-        """
+    def forward(self, x, bias):
         own = self.attention_norm(x)
-        if cache is None:
-            own = self.attention(own, target, bias)
-        else:
-            own = self.attention.step(own, bias, cache, t)
-        x = x + self.dropout(own)
-        x = x + self.dropout(self.cross(self.cross_norm(x), target, source_kv, source_bias))
+        x = x + self.dropout(self.attention(own, *self.attention.keys_values(own), bias))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class DecoderLayer(EncoderLayer):
+    def __init__(self, config):
+        super().__init__(config)
+        self.cross = Attention(config)
+        self.cross_norm = Norm(config)
+
+    def forward(self, x, bias, source_kv, source_bias, past=None):
+        own = self.attention_norm(x)
+        own_kv = self.attention.keys_values(own)
+        if past is not None:
+            own_kv = [torch.cat(pair, dim=2) for pair in zip(past, own_kv)]
+        x = x + self.dropout(self.attention(own, *own_kv, bias))
+        x = x + self.dropout(self.cross(self.cross_norm(x), *source_kv, source_bias))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), own_kv
 
 
 class Attention(nn.Module):
-    """The four matrices of every kind of attention: queries, keys, values and output."""
+    """softmax(q kᵀ + bias) v, by head. Not divided by √K: this is T5."""
 
     def __init__(self, config):
         super().__init__()
@@ -301,61 +224,23 @@ class Attention(nn.Module):
         self.v = nn.Linear(config.d_model, inner, bias=False)
         self.o = nn.Linear(inner, config.d_model, bias=False)
 
+    def split(self, x):
+        """Return x (B, T, H * K) as (B, H, T, K)."""
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-class SelfAttention(Attention):
-    """Every token looks at every other, as far as the bias lets it."""
+    def keys_values(self, x):
+        """Return keys and values, each (B, H, S, K), of what is looked at, x (B, S, D)."""
+        return self.split(self.k(x)), self.split(self.v(x))
 
-    def forward(self, x, tokens, bias):
-        """Return (N, D) from x (N, D), the tokens' places, and bias (B or 1, H, T, T)."""
-        q, k, v = (split(tokens.pad(part(x)), self.heads) for part in (self.q, self.k, self.v))
-        return self.o(tokens.pack(attend(q, k, v, bias, self.dropout)))
-
-
-class CausalSelfAttention(SelfAttention):
-    """A target token looks at itself and those before it; the bias hides what comes after."""
-
-    def step(self, x, bias, cache, t):
-        """Return (N, D) from x (N, D), one token at position t of each of N sequences.
-
-        Its key and value join cache (2, N, H, longest T, K), through which it sees all that came
-        before; bias (1, H, 1, t + 1).
-        """
-        q, k, v = (split(part(x)[:, None], self.heads) for part in (self.q, self.k, self.v))
-        cache[0, :, :, t], cache[1, :, :, t] = k[:, :, 0], v[:, :, 0]
-        keys, values = cache[:, :, :, :t + 1]
-        return self.o(attend(q, keys, values, bias, self.dropout)[:, 0])
-
-
-class CrossAttention(Attention):
-    """A target token looks at the source."""
-
-    def keys_values(self, states, source):
-        """Return keys and values of the source, each (B, H, S, K), from its packed states."""
-        return [split(source.pad(part(states)), self.heads) for part in (self.k, self.v)]
-
-    def forward(self, x, target, source_kv, bias):
-        """Return (N, D) from x (N, D), the target's places, keys_values(), bias (B, 1, 1, S)."""
-        q = split(target.pad(self.q(x)), self.heads)
-        return self.o(target.pack(attend(q, *source_kv, bias, self.dropout)))
-
-
-def split(x, heads):
-    """Return x (B, T, H * K) as (B, H, T, K)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def attend(q, k, v, bias, dropout):
-    """Return softmax(q kᵀ + bias) v, heads joined, (B, T, H * K). Not divided by √K: this is T5.
-
-    q (B, H, T, K); k, v (B, H, S, K); bias broadcasts to (B, H, T, S). torch's fused function is
-    the faster one on a GPU, and on a CPU where the bias needs no gradient.
-    """
-    if q.is_cuda or not torch.is_grad_enabled():
-        rate = dropout.p if dropout.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype), dropout_p=rate, scale=1.0)
-    else:
-        out = dropout((q @ k.mT + bias).softmax(dim=-1)).to(v.dtype) @ v
-    return out.transpose(1, 2).flatten(2)
+    def forward(self, x, keys, values, bias):
+        """Return (B, T, D) of those who look, x (B, T, D); bias broadcasts to (B, H, T, S)."""
+        q = self.split(self.q(x))
+        if q.is_cuda or not torch.is_grad_enabled():  # on a CPU slower if the bias has a gradient
+            rate = self.dropout.p if self.training else 0.0
+            out = F.scaled_dot_product_attention(q, keys, values, bias, rate, scale=1.0)
+        else:
+            out = self.dropout((q @ keys.mT + bias).softmax(dim=-1)).to(values.dtype) @ values
+        return self.o(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -373,7 +258,7 @@ class FeedForward(nn.Module):
 
 
 class Norm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight, computed in float32 whatever the precision of x."""
+    """x / sqrt(mean(x²) + eps) * weight, computed in float32 whatever the precision."""
 
     def __init__(self, config):
         super().__init__()
@@ -381,15 +266,24 @@ class Norm(nn.Module):
         self.eps = config.layer_norm_epsilon
 
     def forward(self, x):
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        x = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        return in_autocast(x)  # once, for all the matrices that it meets
 
 
-def position_bias(table, length, max_distance, bidirectional):
-    """Return the score added for each pair of positions, (1, H, length, length)."""
-    positions = torch.arange(length, device=table.weight.device)
-    distance = positions[None, :] - positions[:, None]  # (query, key): positive looks ahead
-    buckets = bucket(distance, bidirectional, table.num_embeddings, max_distance)
-    return table(buckets).permute(2, 0, 1)[None]
+class Positions(nn.Embedding):
+    """What is added to the scores of each pair of positions, learnt by head and bucket."""
+
+    def __init__(self, config, both_ways):
+        super().__init__(config.relative_attention_num_buckets, config.num_heads)
+        self.both_ways, self.max_distance = both_ways, config.relative_attention_max_distance
+
+    def forward(self, start, end):
+        """Return (1, H, end - start, end): of the tokens from start on with all before end."""
+        places = torch.arange(end, device=self.weight.device)
+        buckets = bucket(places[None, :] - places[start:, None], self.both_ways,
+                         self.num_embeddings, self.max_distance)
+        bias = super().forward(buckets).permute(2, 0, 1)
+        return bias.clone(memory_format=torch.contiguous_format)[None]
 
 
 def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
@@ -397,9 +291,9 @@ def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
 
     Looking both ways, the first half of the buckets is for distance 0 and keys behind, the second
     half, numbered alike, for keys ahead (its first stays unused); looking back only, all are for
-    keys behind and every key ahead falls to bucket 0. Of a direction's
-    buckets half hold one distance each (0, 1, 2, …); the other half share the distances up to
-    max_distance on a logarithmic scale, rounded down, and the last takes all beyond.
+    keys behind and every key ahead falls to bucket 0. Of a direction's buckets half hold one
+    distance each (0, 1, 2, …); the other half share the distances up to max_distance on a
+    logarithmic scale, rounded down, and the last takes all beyond.
     """
     offset = 0
     if bidirectional:
@@ -417,117 +311,36 @@ def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
 
 
 def hide(bias, visible):
-    """Return bias with the lowest number that is finite in bf16 too wherever visible is False."""
-    return torch.where(visible, bias, torch.finfo(torch.bfloat16).min)
+    """Return bias with the lowest number that is finite in bf16 too wherever visible is False.
 
-
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of the scores hidden @ weightᵀ, without ever holding all of them.
-
-    The scores of 1,024 tokens over 250,112 pieces take 1 GB, and autograd keeps three such
-    tensors. Here a few rows at a time become scores, loss and, in place, their gradient
-    softmax(scores) - onehot(target), and are gone: on a CPU twice as fast as well.
-    (torch.nn.functional.linear_cross_entropy has the same aim; on a CPU it was slower than both.)
+    In the form in which a GPU's fused attention takes it as it is, without a copy in every layer:
+    in autocast's precision, rows beginning at multiples of eight numbers.
     """
-
-    SCORES = 2**26  # held at a time, a quarter of a gigabyte
-
-    @staticmethod
-    def forward(ctx, hidden, weight, target):
-        """Return the loss in nats a token; hidden (N, D), weight (V, D), target (N,) int64."""
-        parts = len(hidden) * len(weight) // HeadLoss.SCORES + 1
-        loss = torch.zeros((), device=hidden.device)
-        hidden_grad, weight_grad = torch.empty_like(hidden), None
-        for part, part_grad, label in zip(*(x.tensor_split(parts) for x in (
-                hidden, hidden_grad, target[:, None]))):
-            scores = F.linear(part, weight)  # (part of N, V), in autocast's precision
-            low = scores.dtype
-            scores = scores.float()
-            top = scores.amax(dim=1, keepdim=True)
-            loss += (top - scores.gather(1, label)).sum()
-            scores = scores.sub_(top).exp_()
-            total = scores.sum(dim=1, keepdim=True)
-            loss += total.log().sum()
-            if not any(ctx.needs_input_grad):
-                continue
-            scores.div_(total).scatter_add_(1, label, -torch.ones_like(total))
-            slope = scores.div_(len(hidden)).to(low)
-            part_grad.copy_(slope @ weight)
-            if weight_grad is None:
-                weight_grad = (slope.mT @ part).to(weight.dtype)
-            else:
-                weight_grad += slope.mT @ part
-        ctx.grads = hidden_grad, weight_grad
-        return loss / len(hidden)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (hidden_grad, weight_grad), ctx.grads = ctx.grads, None  # autograd may keep, not copy them
-        return hidden_grad.mul_(grad), weight_grad.mul_(grad), None  # in place: once is enough
+    bias = in_autocast(torch.where(visible, bias, torch.finfo(torch.bfloat16).min))
+    length = bias.shape[-1]
+    return F.pad(bias, (0, -length % 8))[..., :length]
 
 
-class Memory:
-    """The key-value cache of generation, token by token, for W beams of each of B sentences.
-
-    Keys and values of the source are computed once and shared by a sentence's beams; those of the
-    target stand in caches that have their full length from the start.
-    """
-
-    def __init__(self, model, states, mask, num_beams, length):
-        self.model, self.t = model, 0
-        self.bias = model.decoder.causal_bias(length)
-        self.source_bias = hide(states.new_zeros(()), mask[:, None, None, :])  # (B, 1, 1, S)
-        source = Tokens(mask)
-        states = source.pack(states)
-        self.source_kv = torch.stack([
-            torch.stack(layer.cross.keys_values(states, source))
-            for layer in model.decoder.layers])  # (layers, 2, B, H, S, K)
-        layers, _, sentences, heads, _, width = self.source_kv.shape
-        self.cache = self.source_kv.new_empty(
-            layers, 2, sentences * num_beams, heads, length, width)
-
-    def step(self, tokens):
-        """Return the scores of what follows tokens, (B, W, V) from (B, W): one step on."""
-        target = Tokens(torch.ones_like(tokens, dtype=torch.bool))
-        x = target.pack(self.model.embedding(tokens))
-        bias = self.bias[:, :, self.t:self.t + 1, :self.t + 1]
-        for layer, source_kv, cache in zip(self.model.decoder.layers, self.source_kv, self.cache):
-            x = layer(x, target, bias, source_kv, self.source_bias, cache, self.t)
-        self.t += 1
-        return target.pad(self.model.head(self.model.decoder.norm(x)))
-
-    def follow(self, parents, going):
-        """Let row r of the caches go on from row parents[r]; sentences leave where going is False.
-
-        Only rows that move are copied, and only as far as they are filled.
-        """
-        if not going.all():
-            self.source_kv = self.source_kv[:, :, going]
-            self.source_bias = self.source_bias[going]
-        moved = (parents != torch.arange(len(parents), device=parents.device)).nonzero()[:, 0]
-        self.cache[:, :, moved, :, :self.t] = self.cache[:, :, parents[moved], :, :self.t]
-        self.cache = self.cache[:, :, :len(parents)]
+def in_autocast(x):
+    """Return x in the precision that autocast has for matrices; as it is outside autocast."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-def greedy(model, states, mask, max_new_tokens):
-    """Return the ids (B, T) of the best token at each step. A sentence that has ended leaves."""
-    memory = Memory(model, states, mask, 1, max_new_tokens)
-    rows = torch.arange(len(states), device=states.device)  # the sentences still going
-    ids = torch.full((len(rows), max_new_tokens), PAD, device=states.device)
-    token = ids.new_full((len(rows), 1), PAD)
-    for t in range(max_new_tokens):
-        token = memory.step(token).argmax(dim=-1)
-        ids[rows, t] = token[:, 0]
-        going = token[:, 0] != EOS
-        if not going.any():
-            return ids[:, :t + 1]
-        if not going.all():
-            rows, token = rows[going], token[going]
-            memory.follow(going.nonzero()[:, 0], going)
-    return ids
+# Generation, with the keys and values of what has been generated kept.
+
+def greedy(model, source, count, max_new_tokens):
+    """Return the ids (B, T) of the best token at each step."""
+    ids = torch.full((count, 1), PAD, device=model.head.weight.device)
+    past, ended = None, torch.zeros_like(ids, dtype=torch.bool)
+    while ids.shape[1] <= max_new_tokens and not ended.all():
+        hidden, past = model.decoder(model.embedding(ids[:, -1:]), source, past)
+        token = model.head(hidden[:, -1]).argmax(dim=-1, keepdim=True).masked_fill(ended, PAD)
+        ids, ended = torch.cat([ids, token], dim=1), ended | (token == EOS)
+    return ids[:, 1:]
 
 
-def beam_search(model, states, mask, max_new_tokens, num_beams):
+def beam_search(model, source, count, max_new_tokens, W):
     """Return the ids (B, T) of the best ended beam by its mean log-probability per token.
 
     The rules are those of transformers' default (length_penalty 1, early_stopping False): of the
@@ -535,41 +348,35 @@ def beam_search(model, states, mask, max_new_tokens, num_beams):
     go on; a sentence is done when it has W results and its best beam's mean so far is no better
     than the worst of them. What is cut off at max_new_tokens counts as ended.
     """
-    memory = Memory(model, states, mask, num_beams, max_new_tokens)
-    rows = torch.arange(len(states), device=states.device)  # the sentences still going
-    result = torch.full((len(rows), max_new_tokens), PAD, device=states.device)
-    ids = result[:, None].repeat(1, num_beams, 1)  # (B, W, longest T)
-    ended, ended_scores = ids.clone(), torch.full(ids.shape[:2], -math.inf, device=ids.device)
-    scores = ended_scores.clone()
+    source_kv, source_bias = source
+    source = ([[x.repeat_interleave(W, 0) for x in pair] for pair in source_kv],
+              source_bias.repeat_interleave(W, 0))
+    device = model.head.weight.device
+    ids = torch.full((count, W, max_new_tokens + 1), PAD, device=device)
+    scores = torch.full((count, W), -math.inf, device=device)
+    ended, ended_scores = ids.clone(), scores.clone()
     scores[:, 0] = 0  # all beams start alike: the first step goes on from one of them
-    token = ids[:, :, 0]
+    past, done = None, torch.zeros(count, dtype=torch.bool, device=device)
+    for t in range(1, max_new_tokens + 1):
+        hidden, past = model.decoder(model.embedding(ids[:, :, t - 1].reshape(-1, 1)), source, past)
+        logits = model.head(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (count, W))
+        V = logits.shape[-1]
+        best, order = (scores[:, :, None] + logits).flatten(1).topk(2 * W)  # (B, 2W)
+        candidates = pick(ids, order // V)
+        candidates[:, :, t] = order % V
+        ends = (order % V == EOS) | (t == max_new_tokens)
 
-    for t in range(max_new_tokens):
-        logits = memory.step(token).float()
-        best, token = logits.topk(2 * num_beams)  # (B, W, 2W): no other can be among the 2W best
-        best = best - logits.logsumexp(dim=-1, keepdim=True) + scores[:, :, None]
-        best, order = best.flatten(1).topk(2 * num_beams)  # (B, 2W)
-        token, parent = token.flatten(1).gather(1, order), order // (2 * num_beams)
-        candidates = pick(ids, parent)
-        candidates[:, :, t] = token
-        ends = (token == EOS) | (t + 1 == max_new_tokens)
-
-        results = best.masked_fill(~ends, -math.inf)[:, :num_beams] / (t + 1)
-        ended_scores, order = torch.cat([ended_scores, results], dim=1).topk(num_beams)
-        ended = pick(torch.cat([ended, candidates[:, :num_beams]], dim=1), order)
-        scores, order = best.masked_fill(ends, -math.inf).topk(num_beams)
-        ids = pick(candidates, order)
-        token, parent = token.gather(1, order), parent.gather(1, order)
-
-        going = scores[:, 0] / (t + 1) > ended_scores[:, -1]
-        result[rows[~going]] = ended[~going, 0]
-        if not going.any():
+        results = best.masked_fill(~ends | done[:, None], -math.inf)[:, :W] / t
+        ended_scores, keep = torch.cat([ended_scores, results], dim=1).topk(W)
+        ended = pick(torch.cat([ended, candidates[:, :W]], dim=1), keep)
+        scores, keep = best.masked_fill(ends, -math.inf).topk(W)
+        ids = pick(candidates, keep)
+        done |= scores[:, 0] / t <= ended_scores[:, -1]
+        if done.all():
             break
-        parent = parent + num_beams * torch.arange(len(parent), device=parent.device)[:, None]
-        memory.follow(parent[going].flatten(), going)
-        rows, ids, token, scores = rows[going], ids[going], token[going], scores[going]
-        ended, ended_scores = ended[going], ended_scores[going]
-    return result[:, :t + 1]
+        parent = (order // V).gather(1, keep) + W * torch.arange(count, device=device)[:, None]
+        past = [[x[parent.flatten()] for x in pair] for pair in past]
+    return ended[:, 0, 1:t + 1]
 
 
 def pick(sequences, order):
@@ -596,8 +403,9 @@ def load(path):
     Weights are read from disk when they are first used. Raises what read_checkpoint() raises.
     """
     content = read_checkpoint(path)
-    model = build(MT5Config(**content["config"]), content["model"])
-    return model, tokenizer_of(content)
+    with whole(path, "a checkpoint of this project"):
+        model = build(MT5Config(**content["config"]), content["model"])
+        return model, Tokenizer(content["tokenizer"]["model"].numpy().tobytes())
 
 
 def build(config, weights):
@@ -611,135 +419,52 @@ def build(config, weights):
 def read_checkpoint(path):
     """Return the dict that save() wrote, tensors on the CPU; no code in the file can run.
 
-    Raises FileNotFoundError, and ValueError for anything but a whole checkpoint of this format.
+    Raises FileNotFoundError, and ValueError for anything but a checkpoint of this format.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path}: expected a checkpoint file, found a folder; a hub folder "
-                         f"becomes one by: python model.py convert {path} FILE")
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a checkpoint file, found none")
-    content = read_pickle(path)
-    found = content.get("format") if isinstance(content, dict) else None
-    if not isinstance(found, str) or not found.startswith("xlrs-mt5 "):
-        raise ValueError(f"{path}: expected a checkpoint of this project, found another kind of "
-                         "file; a hub folder becomes one by: python model.py convert FOLDER FILE")
-    if found != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT!r}, found {brief(found)}; use the "
-                         "version of this project that wrote it")
-    where = f"{path}: damaged checkpoint"
-    check(content, where, {"config": {str: float}, "model": dict, "tokenizer": dict})
-    for part in ("tokenizer", "model"):
-        check_tensors(content[part], where)
+    with whole(path, f"a checkpoint in format {FORMAT!r} (a hub folder becomes one by: python "
+                     "model.py convert FOLDER FILE)"):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}")
+        return content
+
+
+@contextlib.contextmanager
+def whole(path, expected):
+    """Turn whatever a broken file raises inside, which can be anything, into one ValueError."""
     try:
-        config = MT5Config(**content["config"])
-        check_tokenizer(tokenizer_of(content), config)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {str(error)[:200]}") from None
-    if faults := find_faults(content["model"], config):
-        raise ValueError(f"{path}: {faults}")
-    if len(found := {tensor.dtype for tensor in content["model"].values()}) > 1:
-        raise ValueError(f"{path}: expected weights of one precision, found {brief(found)}")
-    return content
-
-
-def tokenizer_of(content):
-    """Return the Tokenizer in a checkpoint's content."""
-    model = content["tokenizer"]["model"]
-    if model.dtype != torch.uint8:
-        raise ValueError(f"expected the bytes of a SentencePiece model, found {model.dtype}")
-    return Tokenizer(model.detach().numpy().tobytes())
-
-
-def check_tensors(tensors, where):
-    """Return tensors {name: tensor}; raises ValueError if one is no ordinary tensor on the CPU.
-
-    Nor may it have fewer numbers in memory than in its shape: a small file can make one number look
-    like a billion of them, which the first copy would then hold.
-    """
-    for name, tensor in check(tensors, where, {str: torch.Tensor}).items():
-        if (tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
-                or tensor.device.type != "cpu"
-                or tensor.nbytes > tensor.untyped_storage().nbytes()):
-            raise ValueError(f"{where}: expected a tensor with all its numbers, found another "
-                             f"kind as {brief(name)}")
-    return tensors
-
-
-def find_faults(weights, config, names=None):
-    """Return what is wrong with weights {name: tensor} for config, one line, '' if nothing is.
-
-    names {our name: name in weights}, where they differ.
-    """
-    if config.num_layers + config.num_decoder_layers > len(weights):  # before building so many
-        return f"expected {config.num_layers} + {config.num_decoder_layers} layers, found fewer"
-    with torch.device("meta"):  # sizes without memory
-        wanted = {names[name] if names else name: tuple(tensor.shape)
-                  for name, tensor in MT5(config).state_dict().items()}
-    faults = [f"missing {name}" for name in wanted if name not in weights]
-    faults += [f"unknown {brief(name)}" for name in weights if name not in wanted]
-    for name, tensor in weights.items():
-        if name in wanted and (tensor.shape != wanted[name]
-                               or tensor.dtype not in DTYPES.values()):
-            faults.append(f"{name} is {brief(tuple(tensor.shape))} {tensor.dtype}, not "
-                          f"{wanted[name]}")
-    more = f"; and {len(faults) - 20} more" if len(faults) > 20 else ""
-    return f"weights do not fit: {'; '.join(faults[:20])}{more}" if faults else ""
-
-
-def read_pickle(path):
-    """Return what torch.load makes of the file at path, mapped rather than read where it can be.
-
-    weights_only=True: tensors and plain types; whatever asks for code raises ValueError.
-    """
-    try:
-        zipped = zipfile.is_zipfile(path)
-        with open(path, "rb") as file:
-            if swells(file, zipped):
-                raise ValueError("takes more memory than the file")
-        with warnings.catch_warnings(action="ignore"):  # of the pickle's age
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except (FileNotFoundError, PermissionError):
+        yield
+    except (FileNotFoundError, PermissionError):  # no fault of its content
         raise
-    except Exception as error:  # a broken file can fail in any way, and each is the file's fault
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"one that asks for {code[1][:80]}, which was not run" if code else "a broken one"
-        raise ValueError(f"{path}: expected a whole file of tensors written by torch.save, found "
-                         f"{found}; fetch or convert it again") from None
-
-
-def swells(file, zipped):
-    """Return whether torch.load could fill more memory than the open file has bytes.
-
-    torch.save neither compresses nor, for tensors, asks for a bytearray; torch.load, even with
-    weights_only=True, unpacks whatever is compressed and makes a bytearray of any length.
-    """
-    bomb = b"\nbytearray\n"  # the end of a pickle's GLOBAL
-    if not zipped:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ).find(bomb) >= 0
-    archive = zipfile.ZipFile(file)
-    return (sum(part.file_size for part in archive.infolist()) > file.seek(0, 2)
-            or any(bomb in archive.read(part) for part in archive.infolist()
-                   if part.filename.lower().endswith(".pkl")))
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{path}: expected {expected}, found a broken or another file "
+                         f"({why:.300}); fetch or make it again") from None
 
 
 # Conversion from and to the hub's folders: config.json, weights, spiece.model.
 
+# What the settings of a hub folder must have, where they have it; the first is mT5's.
+EXPECTED = {"model_type": ["mt5", "t5"], "feed_forward_proj": ["gated-gelu"],
+            "dense_act_fn": ["gelu_new", "gelu_pytorch_tanh"], "pad_token_id": [PAD],
+            "decoder_start_token_id": [PAD], "eos_token_id": [EOS, [EOS]],
+            "forced_bos_token_id": [None]}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
+STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # never used
 SUBLAYERS = {  # of a block, in order: our name -> (published name, {our name: published name})
     "attention": ("SelfAttention", {"q": "q", "k": "k", "v": "v", "o": "o"}),
     "cross": ("EncDecAttention", {"q": "q", "k": "k", "v": "v", "o": "o"}),
     "feed_forward": ("DenseReluDense", {"gate": "wi_0", "up": "wi_1", "down": "wo"}),
 }
-POSITIONS = "{}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
-STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # never used
 
 
 def published_names(config):
     """Return {our name: published name} of all tensors of a model."""
     names = {"embedding.weight": "shared.weight", "head.weight": "lm_head.weight"}
     for stack, blocks in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        names[f"{stack}.positions.weight"] = POSITIONS.format(stack)
+        names[f"{stack}.positions.weight"] = (
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
         names[f"{stack}.norm.weight"] = f"{stack}.final_layer_norm.weight"
         sublayers = [name for name in SUBLAYERS if stack == "decoder" or name != "cross"]
         for block in range(blocks):
@@ -758,239 +483,198 @@ def convert(source, target, trim=()):
     trim: text files; where given, only the pieces that they need are kept, and their rows of
     embedding and head. Raises FileNotFoundError, ValueError.
     """
-    source = Path(source)
-    path = source / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a folder with config.json, weights, "
-                                "spiece.model, found none")
-    settings, published = parse(path.read_bytes(), path), read_weights(source)
-    config = infer_config(settings, published, source)
-    ignored = set_aside(published, settings, source)
-    names = published_names(config)
-    if faults := find_faults(published, config, names):
-        raise ValueError(f"{source}: {faults}")
-    tokenizer = read_tokenizer(source / "spiece.model", config)
-    weights = {ours: published[theirs].float() for ours, theirs in names.items()}
+    folder = Path(source)
+    settings, tokenizer = read_settings(folder), read_tokenizer(folder)
+    published = read_weights(folder)
+    if settings.get("tie_word_embeddings") and "lm_head.weight" not in published:
+        published["lm_head.weight"] = published["shared.weight"]
+        print("tie_word_embeddings: without lm_head.weight, shared.weight becomes the head")
+    with whole(folder, "the weights of an mT5, not of T5 1.0 or umT5"):
+        config = infer_config(settings, published)
+        model = build(config, our_weights(published, config))
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(f"{folder}/spiece.model: expected at most {config.vocab_size} pieces, as "
+                         f"many as rows of the embedding, found {len(tokenizer)}")
     if trim:
         kept = tokenizer.needed(each_text(trim))
-        print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces, and of "
-              f"{config.vocab_size:,} rows of embedding and head, are kept")
-        with naming(source / "spiece.model"):
-            tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
-        for name in ("embedding.weight", "head.weight"):
-            weights[name] = weights[name][kept]
-    save(target, build(config, weights), tokenizer)
-    for line in ignored:
-        print(f"ignored: {line}")
-    print(f"{target}: {sum(map(torch.Tensor.numel, weights.values())):,} parameters, "
-          f"{Path(target).stat().st_size / 1e6:,.1f} MB")
+        print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces are kept")
+        tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
+        for layer in (model.embedding, model.head):
+            layer.weight = nn.Parameter(layer.weight[kept])
+    save(target, model, tokenizer)
+    print(f"{target}: {sum(weight.numel() for weight in model.parameters()):,} parameters, "
+          f"{len(tokenizer):,} pieces")
 
 
-def infer_config(settings, published, folder):
-    """Return the MT5Config of published weights: sizes from shapes, the rest from settings."""
-    positions = POSITIONS.format("encoder")
-    if (settings.get("model_type") == "umt5"
-            or positions.replace("block.0", "block.1") in published):
-        raise ValueError(f"{folder}: expected mT5, found umT5, which has a table of positions in "
-                         "each layer: not supported")
-    if settings.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-        raise ValueError(f"{folder}/config.json: expected feed_forward_proj 'gated-gelu' as in "
-                         f"mT5, found {brief(settings['feed_forward_proj'])}: not supported")
-    shapes = {}  # of the matrices that tell the sizes
-    for name in ("shared.weight", positions, "encoder.block.0.layer.0.SelfAttention.q.weight",
-                 "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"):
-        if name not in published or published[name].dim() != 2:
-            raise ValueError(f"{folder}: expected the weights of an mT5, found no matrix {name}")
-        shapes[name] = published[name].shape
-    (vocab_size, d_model), (buckets, heads), (inner, _), (d_ff, _) = shapes.values()
-    depth = [len({name.split(".")[2] for name in published if name.startswith(f"{stack}.block.")})
-             for stack in ("encoder", "decoder")]
-    other = {name: settings[name] for name in (
-        "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon")
-        if name in settings}
-    with naming(folder):
-        return MT5Config(vocab_size, d_model, inner // max(1, heads), d_ff, *depth, heads, buckets,
-                         **other)
+def read_settings(folder):
+    """Return the dict in config.json; raises ValueError where settings are not those of an mT5."""
+    for path in folder.glob("*config.json"):  # generation_config.json may have its own
+        for name, value in read_json(path).items():
+            if name in EXPECTED and value not in [*EXPECTED[name], None]:
+                raise ValueError(f"{path}: expected {name} {EXPECTED[name][0]!r}, as mT5 has it, "
+                                 f"found {value!r:.80}: not supported")
+    return read_json(folder / "config.json")
 
 
-def set_aside(published, settings, folder):
-    """Take from published what is not part of the model; return why, a line for each."""
-    lines = []
-    for name in ALIASES:
-        if name in published:
-            same, shared = published.pop(name), published["shared.weight"]
-            if same.data_ptr() != shared.data_ptr() and not torch.equal(same, shared):
-                raise ValueError(f"{folder}: expected {name} to equal shared.weight, it differs")
-            lines.append(f"{name}, the same as shared.weight")
-    if published.pop(STRAY, None) is not None:
-        lines.append(f"{STRAY}, which mT5 does not use")
-    if "lm_head.weight" not in published and settings.get("tie_word_embeddings"):
-        published["lm_head.weight"] = published["shared.weight"]
-        lines.append("tie_word_embeddings: without lm_head.weight, shared.weight becomes the head")
-    return lines
-
-
-def read_tokenizer(path, config):
-    """Return the Tokenizer of the SentencePiece model at path, checked against config."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected the SentencePiece model, found none; "
-                                "all mT5 of any size share the one of google/mt5-small")
-    with naming(path):
-        return check_tokenizer(Tokenizer(path.read_bytes()), config)
-
-
-def check_tokenizer(tokenizer, config):
-    """Return tokenizer; raises ValueError where the embedding of config has no row for a piece."""
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"expected at most {config.vocab_size} pieces, as many as rows of the "
-                         f"embedding, found {len(tokenizer)}")
+def read_tokenizer(folder):
+    """Return the Tokenizer of a hub folder; raises ValueError where other files add tokens."""
+    path = folder / "spiece.model"
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected the SentencePiece model (tokenizer.json cannot "
+                                "replace it), found none; copy it from the model that this one was "
+                                "tuned from: all of google/mt5-* have the same")
+    with whole(path, "a SentencePiece model with mT5's ids"):
+        tokenizer = Tokenizer(path.read_bytes())
+    listed = set()
+    for path in folder.glob("*token*.json"):
+        content = read_json(path)
+        with whole(path, "tokens as transformers lists them"):
+            listed |= {token["content"] for token in (
+                *content.get("added_tokens", []),  # of tokenizer.json
+                *content.get("added_tokens_decoder", {}).values())}  # of tokenizer_config.json
+            listed |= set(content) if path.name == "added_tokens.json" else set()
+    added = [token for token in sorted(listed) if tokenizer.pieces.piece_to_id(token) == UNK
+             and not re.fullmatch(r"<unk>|<extra_id_\d\d?>", token)]
+    if added:
+        raise ValueError(f"{folder}: expected no tokens beyond those of spiece.model, found "
+                         f"{' '.join(added)[:80]}: added tokens are not supported")
     return tokenizer
-
-
-def each_text(paths):
-    """Yield the lines of UTF-8 text files; of .jsonl files the strings in each line."""
-    for path in map(Path, paths):
-        for number, line in enumerate(each_line(path), start=1):
-            if path.suffix != ".jsonl":
-                yield line
-            elif line.strip():
-                where = f"{path}:{number}"
-                yield from (check_text(text, where) for text in parse(line, where).values()
-                            if isinstance(text, str))
 
 
 def read_weights(folder):
     """Return {published name: tensor} from a hub folder's weights, whole or in shards."""
-    for name in ("model.safetensors", "model.safetensors.index.json",
-                 "pytorch_model.bin", "pytorch_model.bin.index.json"):
-        path = folder / name
-        if path.is_file():
-            break
-    else:
-        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin, or "
-                                "the .index.json of either, found none")
-    shards = [name]
-    if path.suffix == ".json":
-        files = parse(path.read_bytes(), path, {"weight_map": {str: str}})["weight_map"]
-        shards = sorted(set(files.values()))
-        if not all(Path(shard).name == shard for shard in shards):
-            raise ValueError(f"{path}: expected weight_map to name each tensor's file")
+    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not paths:
+        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin, "
+                                "whole or in shards, found none")
     weights = {}
-    for path in (folder / shard for shard in shards):
-        read = read_safetensors if path.suffix == ".safetensors" else read_pickle
-        part = check_tensors(read(path), path)
-        if twice := part.keys() & weights.keys():
-            raise ValueError(f"{path}: expected each tensor once, found {min(twice)} in another "
-                             "shard too")
-        weights.update(part)
+    for path in paths:
+        with whole(path, "weights of a model"):
+            weights |= read_safetensors(path) if path.suffix == ".safetensors" else torch.load(
+                path, map_location="cpu", weights_only=True)
     return weights
 
 
 def read_safetensors(path):
     """Return {name: tensor} of a safetensors file, mapped rather than read.
 
-    The file: the header's length (8 bytes, lowest first), the header (JSON: dtype, shape and first
-    and last byte of each tensor), the tensors' bytes without gap or overlap.
+    The file: the header's length (8 bytes, lowest first), the header (JSON: dtype, shape, first and
+    last byte of each tensor), the tensors' bytes.
     """
-    def fault(expected):
-        return ValueError(f"{path}: expected {expected}; the safetensors file is damaged")
-
-    with open(path, "rb") as file:
-        size = file.seek(0, 2)
-        if size < 8:
-            raise fault("at least 8 bytes")
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    start = 8 + int.from_bytes(content[:8], "little")
-    if start > size:
-        raise fault(f"a header of at most {size - 8} bytes, found the length {start - 8}")
-    header = parse(content[8:start], path)
+    content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+    start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
+    header, tensors = json.loads(content[8:start].numpy().tobytes()), {}
     header.pop("__metadata__", None)
-    whole_number = range(2**48)
-    check(header, path, {str: {"dtype": str, "shape": ([whole_number], []),
-                               "data_offsets": [whole_number]}})
-    tensors, at = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape, offsets = DTYPES.get(entry["dtype"]), entry["shape"], entry["data_offsets"]
-        if not dtype or len(shape) > 8 or math.prod(filter(None, shape)) > size:
-            raise fault(f"one of {' '.join(DTYPES)} and at most 8 sizes, found {brief(name)}: "
-                        f"{brief(entry)}")
-        count = math.prod(shape)
-        end = at + count * dtype.itemsize
-        if offsets != [at, end] or start + end > size:
-            raise fault(f"{brief(name)} {shape} at bytes {at} to {end} of {size - start}, found "
-                        f"{brief(offsets)}")
-        tensors[name] = torch.empty(0, dtype=dtype) if not count else torch.frombuffer(
-            content, dtype=dtype, count=count, offset=start + at)
-        tensors[name] = tensors[name].view(shape)
-        at = end
-    if start + at != size:
-        raise fault(f"{at} bytes of tensors, found {size - start}")
+    for name, entry in header.items():
+        dtype, (first, last) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        size = math.prod(entry["shape"]) * dtype.itemsize
+        assert 0 <= first and first + size == last <= len(content) - start, name
+        tensors[name] = content[start:][first:last].view(dtype).view(entry["shape"])
     return tensors
+
+
+def infer_config(settings, published):
+    """Return the MT5Config of published weights: sizes from shapes, the rest from settings."""
+    first = "encoder.block.0.layer"
+    vocab_size, d_model = published["shared.weight"].shape
+    buckets, heads = published[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
+    inner = len(published[f"{first}.0.SelfAttention.q.weight"])
+    d_ff = len(published[f"{first}.1.DenseReluDense.wi_0.weight"])
+    depth = [len({name.split(".")[2] for name in published if name.startswith(blocks)})
+             for blocks in ("encoder.block.", "decoder.block.")]
+    config = MT5Config(vocab_size, d_model, inner // heads, d_ff, *depth, heads, buckets)
+    for name in ("relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon"):
+        setattr(config, name, settings.get(name, getattr(config, name)))
+    differ = [f"{name} {settings[name]} (weights: {value})" for name, value in vars(config).items()
+              if settings.get(name, value) not in (value, None)]
+    if differ:
+        print(f"config.json contradicts the weights, which count: {', '.join(differ)}")
+    return config
+
+
+def our_weights(published, config):
+    """Return {our name: float32 tensor} of all published ones but copies, which are printed."""
+    ours = {theirs: name for name, theirs in published_names(config).items()}
+    weights = {}
+    for name, tensor in published.items():
+        if name == STRAY or name in ALIASES and tensor.equal(published["shared.weight"]):
+            print(f"ignored: {name}, {'never used' if name == STRAY else 'same as shared.weight'}")
+        elif not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
+        else:
+            weights[ours.get(name, name)] = tensor.float()
+    return weights
+
+
+def read_json(path):
+    """Return the dict in a JSON file."""
+    with whole(path, "a JSON object"):
+        return dict(json.loads(path.read_bytes()))
+
+
+def each_text(paths):
+    """Yield the lines of text files; of .jsonl files the strings in each line."""
+    for path in map(Path, paths):
+        for number, line in enumerate(each_line(path), start=1):
+            with whole(f"{path}:{number}", "a JSON object"):
+                parts = json.loads(line).values() if path.suffix == ".jsonl" and line else [line]
+            yield from (text for text in parts if isinstance(text, str))
 
 
 def export(checkpoint, folder):
     """Write the checkpoint as a hub folder that transformers loads; print what was written."""
-    content = read_checkpoint(checkpoint)
-    config = MT5Config(**content["config"])
-    weights = {theirs: content["model"][ours].float()
-               for ours, theirs in published_names(config).items()}
+    model, tokenizer = load(checkpoint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "config.json", json.dumps({
-        "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5", **asdict(config),
-        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+        "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5",
+        **asdict(model.config), "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
         "is_encoder_decoder": True, "tokenizer_class": "T5Tokenizer", "pad_token_id": PAD,
         "eos_token_id": EOS, "decoder_start_token_id": PAD}, indent=2))
-    write_file(folder / "tokenizer_config.json", json.dumps({
-        "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>",
-        "unk_token": "<unk>", "pad_token": "<pad>"}, indent=2))
-    write_file(folder / "spiece.model", content["tokenizer"]["model"].numpy().tobytes())
+    names = published_names(model.config)
+    weights = {names[name]: tensor.float() for name, tensor in model.state_dict().items()}
     write_file(folder / "model.safetensors", lambda file: write_safetensors(weights, file))
-    print(f"{folder}: config.json, model.safetensors, spiece.model, tokenizer_config.json; "
-          f"{sum(map(torch.Tensor.numel, weights.values())):,} parameters")
+    if any(tokenizer.pieces.get_score(i) % 1 for i in range(len(tokenizer))):
+        write_file(folder / "spiece.model", tokenizer.model)
+        write_file(folder / "tokenizer_config.json", json.dumps({
+            "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>",
+            "unk_token": "<unk>", "pad_token": "<pad>"}, indent=2))
+    else:  # scores of byte pairs are whole numbers, those of a unigram model logarithms
+        print("no tokenizer is written: transformers reads every SentencePiece model as a unigram "
+              "one, and would cut texts otherwise than this one of byte pairs (BPE)")
+    print(f"{folder}: {sum(weight.numel() for weight in weights.values()):,} parameters")
 
 
 def write_safetensors(tensors, file):
     """Write float32 tensors {name: tensor} to an open binary file as read_safetensors() reads."""
-    header, at = {"__metadata__": {"format": "pt"}}, 0
+    header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
-                        "data_offsets": [at, at + tensor.nbytes]}
-        at += tensor.nbytes
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": [start, end]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)  # the tensors start at a multiple of eight
     file.write(len(header).to_bytes(8, "little") + header)
     for tensor in tensors.values():
-        file.write(memoryview(tensor.contiguous().numpy()).cast("B"))
-
-
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(prog="model.py", description="Converts mT5 checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("convert", help="hub folder to one checkpoint file")
-    command.add_argument("source", metavar="SRC", help="folder: config.json, pytorch_model.bin or "
-                         "model.safetensors (or shards and their index), spiece.model")
-    command.add_argument("target", metavar="DST", help="checkpoint file to write")
-    command.add_argument("--trim", nargs="+", metavar="FILE", default=[], help="keep only the "
-                         "pieces that these texts need (default: keep all)")
-    command = commands.add_parser("export", help="checkpoint file to a folder for transformers")
-    command.add_argument("source", metavar="CHECKPOINT")
-    command.add_argument("target", metavar="DIR", help="folder to write")
-    return parser.parse_args(argv)
+        file.write(tensor.contiguous().numpy())
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    parser = argparse.ArgumentParser(prog="model.py", description="Converts mT5 checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("convert", help="hub folder to one checkpoint file")
+    command.add_argument("source", metavar="SRC", help="folder: config.json, weights, spiece.model")
+    command.add_argument("target", metavar="DST", help="checkpoint file to write")
+    command.add_argument("--trim", nargs="+", metavar="FILE", default=[],
+                         help="keep only the pieces that these texts need (default: keep all)")
+    command = commands.add_parser("export", help="checkpoint file to a folder for transformers")
+    command.add_argument("checkpoint", metavar="CHECKPOINT")
+    command.add_argument("folder", metavar="DIR", help="folder to write")
+    args = vars(parser.parse_args(argv))
     try:
-        if args.command == "convert":
-            convert(args.source, args.target, args.trim)
-        else:
-            export(args.source, args.target)
+        {"convert": convert, "export": export}[args.pop("command")](**args)
     except (ValueError, OSError) as error:
-        print(f"model.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+        parser.exit(2, f"model.py: {error}\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

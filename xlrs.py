@@ -14,6 +14,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+FLOOR = 0.3  # cosine that is low enough, for the regulariser and for choosing (ours)
+
 
 def pool(states, mask):
     """Return one vector a sentence, (B, D) float32: the mean encoder state of its tokens (ours).
@@ -44,7 +46,7 @@ def xlrs(pooled):
     return similarity(source.expand_as(others), others).mean(dim=1)
 
 
-def regulariser(pooled, floor=0.0):
+def regulariser(pooled, floor=FLOOR):
     """Return the term that λ multiplies in `loss = cross-entropy + λ · term`, a scalar ≥ 0.
 
         term = max(0, mean cosine of source and other languages − floor)
@@ -60,7 +62,7 @@ def regulariser(pooled, floor=0.0):
     return (xlrs(pooled).mean() - floor).clamp(min=0)
 
 
-def choose(checkpoints, by="xlrs", floor=-1.0):
+def choose(checkpoints, by="xlrs", floor=FLOOR):
     """Return the checkpoint that the rule picks; the earliest of equals.
 
     checkpoints: dicts with "step", "xlrs" (a number in [-1, 1]) and "dev" (the source language's

@@ -1,0 +1,149 @@
+"""Prints how fast the project is: a step and generation beside transformers', and whole runs.
+
+    python lab/bench.py step generate     # mT5-small's shape, both libraries by turns: 4 minutes
+    python lab/bench.py run               # the default run, alone and two at once: 4 minutes
+    python lab/bench.py score             # metrics: 1 minute
+
+Batches are those that training draws from the toy's summaries, 8 pairs; the embedding and the head
+have mT5's 250,112 rows. Medians of --repeats, and the ratio of times taken side by side. Needs
+requirements-test.txt.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py says why
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import argparse
+import itertools
+import statistics
+import subprocess
+import tempfile
+import time
+
+import torch
+import transformers
+from rouge_score.rouge_scorer import RougeScorer
+
+import data
+import eval as scoring
+import train
+from model import MT5, SIZES, load, published_names
+
+PAIRS = 8  # of a batch
+
+
+def rivals():
+    """Return (our mT5-small, transformers'), random and with the same weights."""
+    config = SIZES["small"]
+    theirs = transformers.MT5ForConditionalGeneration(transformers.MT5Config(
+        **vars(config), feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    ours = MT5(config)
+    weights = theirs.state_dict()
+    ours.load_state_dict({mine: weights[name] for mine, name in published_names(config).items()})
+    return ours, theirs
+
+
+def batches():
+    """Yield (input_ids, mask, labels) as train.py does."""
+    args = train.parse_args(["--task", "summary", "--batch-size", str(PAIRS)])
+    _, tokenizer = load(args.init)
+    return data.batches(data.load_texts(args).train, tokenizer, args)
+
+
+def bench_step(repeats):
+    """A training step, without and with AdamW's update."""
+    ours, theirs = rivals()
+    steps = {"ours": lambda ids, mask, labels: ours(ids, mask, labels),
+             "transformers": lambda ids, mask, labels: theirs(
+                 input_ids=ids, attention_mask=mask, labels=labels).loss}
+    for update in (False, True):
+        optimizers = {name: torch.optim.AdamW(model.train().parameters(), lr=1e-4)
+                      for name, model in (("ours", ours), ("transformers", theirs))}
+
+        def step(name, batch, optimizers=optimizers, update=update):
+            steps[name](*batch).backward()
+            if update:
+                optimizers[name].step()
+            optimizers[name].zero_grad()
+        compare(f"step of {PAIRS} pairs{', with AdamW' if update else ''}, s", step, batches(),
+                repeats)
+
+
+@torch.no_grad()
+def bench_generate(repeats):
+    """Generation of 32 tokens, random weights: nothing ends earlier on either side."""
+    ours, theirs = (model.eval() for model in rivals())
+    for beams in (1, 4):
+        def generate(name, batch, beams=beams):
+            ids, mask, _ = batch
+            if name == "ours":
+                return ours.generate(ids, mask, 32, beams)
+            return theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=32,
+                                   num_beams=beams, do_sample=False)
+        compare(f"generation, {beams} beam{'s' * (beams > 1)}, s", generate, batches(), repeats)
+
+
+def compare(figure, function, inputs, repeats):
+    """Print the median times of function(name, batch) for both names, by turns, and their ratio."""
+    times = {"ours": [], "transformers": []}
+    for batch in itertools.islice(inputs, repeats + 1):  # the first warms up
+        for name, taken in times.items():
+            began = time.perf_counter()
+            function(name, batch)
+            taken.append(time.perf_counter() - began)
+    ours, theirs = (taken[1:] for taken in times.values())
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    print(f"{figure}: {statistics.median(ours):.2f}, transformers {statistics.median(theirs):.2f}; "
+          f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+def bench_run(repeats):
+    """The README's first command: alone, two at once; with threads that wait awake and asleep."""
+    script = Path(__file__).resolve().parents[1] / "train.py"
+    for policy, count in itertools.product(("PASSIVE", "ACTIVE"), (1, 2)):
+        if (policy, count) == ("ACTIVE", 2):
+            continue  # takes ten minutes and more
+        taken = []
+        for _ in range(repeats):
+            with tempfile.TemporaryDirectory() as folder:
+                began = time.perf_counter()
+                runs = [subprocess.Popen(
+                    [sys.executable, script, "--reg", "0.1", "--out", f"{folder}/{number}"],
+                    env={**os.environ, "OMP_WAIT_POLICY": policy}, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL) for number in range(count)]
+                assert not any(run.wait() for run in runs)
+                taken.append(time.perf_counter() - began)
+        print(f"default run, {count} at once, OMP_WAIT_POLICY={policy}: "
+              f"{statistics.median(taken):.0f} s ({min(taken):.0f} to {max(taken):.0f})")
+
+
+def bench_score(repeats):
+    """ROUGE-L beside rouge_score, and sentences identified a second, on the toy's summaries."""
+    stories = data.stories("train", 5000)
+    texts = [data.tell(story, "en")["summary"] for story in stories]
+    others = texts[1:] + texts[:1]
+    scorer, identifier = RougeScorer(["rougeL"]), scoring.identifier()
+    for name, function in (
+            ("ROUGE-L", lambda: scoring.rouge_l(texts, others)),
+            ("rouge_score", lambda: [scorer.score(*pair) for pair in zip(others, texts)]),
+            ("identified", lambda: identifier.predict(texts))):
+        taken = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            function()
+            taken.append(time.perf_counter() - began)
+        print(f"{name}: {len(texts) / statistics.median(taken):,.0f} texts a second")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    benches = {"step": bench_step, "generate": bench_generate, "run": bench_run,
+               "score": bench_score}
+    parser.add_argument("what", nargs="+", choices=benches)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    for name in args.what:
+        benches[name](args.repeats)
