@@ -4,7 +4,7 @@
     python lab/bench.py run               # the default run, alone and two at once: 4 minutes
     python lab/bench.py score             # metrics: 1 minute
 
-Batches are those that training draws from the toy's summaries, 8 pairs; the embedding and the head
+Batches are those that training draws from the toy's summaries; the embedding and the head
 have mT5's 250,112 rows. Medians of --repeats, and the ratio of times taken side by side. Needs
 requirements-test.txt.
 """
@@ -32,7 +32,7 @@ import eval as scoring
 import train
 from model import MT5, SIZES, load, published_names
 
-PAIRS = 8  # of a batch
+PAIRS = 32  # of a batch: train.py's default
 
 
 def rivals():
