@@ -179,6 +179,8 @@ def read_pairs(path, fields=("source", "target")):
     fields: the names of the source's and the target's column.
     """
     path = str(path)
+    if len(fields) != 2:
+        raise ValueError(f"--fields: expected SOURCE,TARGET, found {','.join(fields)}")
     if not path.endswith((".jsonl", ".tsv", ".csv")):
         source, comma, target = path.partition(",")
         if not comma:

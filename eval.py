@@ -148,8 +148,9 @@ def loops(text):
     """Return whether text repeats itself, bool.
 
     It does where three tokens in a row of AGAIN letters come again, or AGAIN tokens of any length,
-    or where a stretch of three tokens or more is written twice in a row; “ha ha ha ha” is the least
-    of these. Of human sentences about 1 % do, in scripts with and without spaces. The rule is ours.
+    or where three tokens or more repeat what stands one or two tokens before them, or a stretch of
+    3 to 11 is written twice in a row. Of human sentences about 1 % do, in scripts with and without
+    spaces. The rule is ours.
     """
     words = tokens(text)
     triples, longer = (list(zip(*(words[i:] for i in range(size)))) for size in (3, AGAIN))
@@ -328,7 +329,8 @@ def read_table(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no language table; python lab/identifier.py makes one")
+        raise FileNotFoundError(f"{path}: no language table; make one by: python "
+                                "lab/identifier.py NTREX_DIR")
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         head = json.loads(head)
@@ -337,7 +339,7 @@ def read_table(path):
         return head["columns"], set(head["blocks"]), torch.from_numpy(body).bfloat16()  # exact
     except (ValueError, TypeError, KeyError, zlib.error):
         raise ValueError(f"{path}: expected a language table, found other or damaged bytes; "
-                         "python lab/identifier.py makes one") from None
+                         "python lab/identifier.py NTREX_DIR makes one") from None
 
 
 @functools.cache
@@ -414,9 +416,9 @@ def score_tests(model, tokenizer, tests, args):
 
 # A run; its folder is train.py's ------------------------------------------------------------------
 
-def say_unidentified(args):
-    """Print which languages of a run the identifier lacks, so that no rates are known there."""
-    lacking = set(data.languages(args)) - set(identifier().languages)
+def say_unidentified(languages):
+    """Print which of languages the identifier lacks, so that no rates are known there."""
+    lacking = set(languages) - set(identifier().languages)
     if lacking:
         print(f"the language identifier lacks {' '.join(sorted(lacking))}: language rates are "
               "left out there")
@@ -470,13 +472,14 @@ def choose_checkpoint(folder, by=None):
 def score_run(folder, tests, args, device, autocast):
     """Score a run's base and chosen checkpoint on tests; print, and write to args.out or folder.
 
-    For a run from the toy base the shipped scores of the usual way stand between them: the same
-    without the regulariser, and the checkpoint that is best on the source language.
+    For a run of the toy world the shipped scores of the usual way stand between them: `--reg 0`
+    with default arguments, and the checkpoint that is best on the source language.
     """
     step = read_json(folder / "selected.json")["step"]
     usual = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
     systems = {"base": score_checkpoint(folder / "step_000000.pt", tests, args, device, autocast)}
-    if Path(args.init).resolve() == TOY_BASE and args.train[0] == "en" and usual.exists():
+    in_toy = Path(args.init).resolve() == TOY_BASE and "=" not in str(args.test)
+    if in_toy and args.train == ["en"] and usual.exists():
         systems["usual way"] = read_json(usual)
     systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", tests, args, device,
                                            autocast)
@@ -551,8 +554,8 @@ def compare(folders):
     for members in alike.values():
         rows += members
         if len(members) > 1:
-            numbers = [interval(map(float, column)) if "" not in column else ""
-                       for column in list(zip(*members))[2:]]
+            numbers = [interval(map(float, column), digits) if "" not in column else ""
+                       for digits, column in zip((1, 1, 1, 1, 2), list(zip(*members))[2:])]
             rows.append([f"  mean of {len(members)} seeds", members[0][1], *numbers])
     table(rows, ["run", "task", "ROUGE-L", "wrong %", "source %", "mixed %", "XLRS"])
 
@@ -675,7 +678,7 @@ def parse_args(argv=None):
                      "--compare RUN…")
     if args.model and Path(args.model).is_dir():  # what is not given is as in the run
         known, _ = read_run(args.model)
-        known.out = None  # where it was written; it may have moved
+        known.out = known.device = None  # the run may have moved, to another machine too
         args = parser.parse_args(argv, known)
     return complete(args)
 
@@ -684,7 +687,7 @@ def score_model(args):
     """Score the run or the checkpoint that args.model names."""
     path = Path(args.model)
     device, autocast = pick_device(args)
-    say_unidentified(args)
+    say_unidentified(data.languages(args))
     tests = data.task_pairs(args.test, args, "test", args.test_size)
     if not tests:
         raise ValueError("no test pairs; name some with --test LANG=FILE")
@@ -700,6 +703,7 @@ def score_model(args):
 def score_files(args):
     """Score the outputs in the file args.hyp against the references in args.ref; print."""
     outputs, references = list(data.each_line(args.hyp)), list(data.each_line(args.ref))
+    say_unidentified([args.lang, args.source])
     scores = score(outputs, references, args.lang, args.source, identifier(), args.expected)
     table([[args.lang, *scores.values()]], ["language", *scores])
 

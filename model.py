@@ -330,14 +330,25 @@ def in_autocast(x):
 # Generation, with the keys and values of what has been generated kept.
 
 def greedy(model, source, count, max_new_tokens):
-    """Return the ids (B, T) of the best token at each step."""
-    ids = torch.full((count, 1), PAD, device=model.head.weight.device)
-    past, ended = None, torch.zeros_like(ids, dtype=torch.bool)
-    while ids.shape[1] <= max_new_tokens and not ended.all():
-        hidden, past = model.decoder(model.embedding(ids[:, -1:]), source, past)
-        token = model.head(hidden[:, -1]).argmax(dim=-1, keepdim=True).masked_fill(ended, PAD)
-        ids, ended = torch.cat([ids, token], dim=1), ended | (token == EOS)
-    return ids[:, 1:]
+    """Return the ids (B, T) of the best token at each step. A sentence that has ended leaves."""
+    ids = torch.full((count, max_new_tokens + 1), PAD, device=model.head.weight.device)
+    going, past = torch.arange(count, device=ids.device), None  # the rows that still go on
+    for t in range(1, max_new_tokens + 1):
+        hidden, past = model.decoder(model.embedding(ids[going, t - 1:t]), source, past)
+        token = model.head(hidden[:, -1]).argmax(dim=-1)
+        ids[going, t] = token
+        stay = (token != EOS).nonzero()[:, 0]
+        if len(stay) == 0:
+            break
+        if len(stay) < len(going):
+            going, past = going[stay], rows_of(past, stay)
+            source = rows_of(source[0], stay), source[1][stay]
+    return ids[:, 1:t + 1]
+
+
+def rows_of(keys_values, rows):
+    """Return the chosen rows of the keys and values of each layer."""
+    return [[x[rows] for x in pair] for pair in keys_values]
 
 
 def beam_search(model, source, count, max_new_tokens, W):
@@ -349,9 +360,9 @@ def beam_search(model, source, count, max_new_tokens, W):
     than the worst of them. What is cut off at max_new_tokens counts as ended.
     """
     source_kv, source_bias = source
-    source = ([[x.repeat_interleave(W, 0) for x in pair] for pair in source_kv],
-              source_bias.repeat_interleave(W, 0))
     device = model.head.weight.device
+    each = torch.arange(count, device=device).repeat_interleave(W)
+    source = rows_of(source_kv, each), source_bias[each]
     ids = torch.full((count, W, max_new_tokens + 1), PAD, device=device)
     scores = torch.full((count, W), -math.inf, device=device)
     ended, ended_scores = ids.clone(), scores.clone()
@@ -359,9 +370,9 @@ def beam_search(model, source, count, max_new_tokens, W):
     past, done = None, torch.zeros(count, dtype=torch.bool, device=device)
     for t in range(1, max_new_tokens + 1):
         hidden, past = model.decoder(model.embedding(ids[:, :, t - 1].reshape(-1, 1)), source, past)
-        logits = model.head(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (count, W))
-        V = logits.shape[-1]
-        best, order = (scores[:, :, None] + logits).flatten(1).topk(2 * W)  # (B, 2W)
+        logp = model.head(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (count, W))
+        V = logp.shape[-1]
+        best, order = (scores[:, :, None] + logp).flatten(1).topk(2 * W)  # (B, 2W)
         candidates = pick(ids, order // V)
         candidates[:, :, t] = order % V
         ends = (order % V == EOS) | (t == max_new_tokens)
@@ -375,7 +386,7 @@ def beam_search(model, source, count, max_new_tokens, W):
         if done.all():
             break
         parent = (order // V).gather(1, keep) + W * torch.arange(count, device=device)[:, None]
-        past = [[x[parent.flatten()] for x in pair] for pair in past]
+        past = rows_of(past, parent.flatten())
     return ended[:, 0, 1:t + 1]
 
 

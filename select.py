@@ -20,19 +20,18 @@ if __name__ == "select":
     sys.modules["select"] = real  # for everyone else
 
 
-def show(rows, chosen):
+def show(args, rows, chosen):
     """Print a run's evaluation rows as a table, the chosen one marked."""
+    import data
     import eval as scoring
 
     lines = []
     for row in rows:
-        similarity, tests = row.get("xlrs", {}), row.get("test", {})
-        targets = [tests[lang] for lang in tests if lang in similarity]
-        lines.append([row["step"], f"{scoring.mean(similarity.values()):.3f}",
-                      f"{row.get('dev_loss', float('nan')):.4f}",
-                      scoring.mean(scores["rougeL"] for scores in targets),
-                      scoring.mean(scores.get("wrong_language", float("nan"))
-                                   for scores in targets),
+        system = {"scores": row.get("test", {}), "xlrs": row.get("xlrs", {})}
+        targets = [x for x in system["scores"] if x not in data.files_by_language(args.train)]
+        rouge, wrong, *_ = scoring.columns(system, targets)
+        lines.append([row["step"], f"{scoring.mean(system['xlrs'].values()):.3f}",
+                      f"{row.get('dev_loss', float('nan')):.4f}", rouge, wrong,
                       "<- chosen" if row["step"] == chosen["step"] else ""])
     scoring.table(lines, ["step", "XLRS", "source dev loss", "target ROUGE-L", "wrong %", ""])
 
@@ -51,7 +50,7 @@ def main(argv=None):
         import eval as scoring
 
         chosen = scoring.choose_checkpoint(args.run, args.by)
-        show(scoring.read_run(args.run)[1], chosen)
+        show(*scoring.read_run(args.run), chosen)
         print(f"step {chosen['step']} was chosen: {args.run}/selected.json")
     except (ValueError, OSError) as error:
         print(f"select.py: {error}", file=sys.stderr)

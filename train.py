@@ -42,7 +42,7 @@ def train(args):
     rank, processes = join_processes()
     device, autocast = scoring.pick_device(args)
     texts = data.load_texts(args)
-    scoring.say_unidentified(args)
+    scoring.say_unidentified(data.languages(args))
     model, tokenizer = load(args.init)
     learner, trainable = prepare(model, args, device, processes)
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
@@ -55,6 +55,7 @@ def train(args):
     try:
         for step in tqdm(range(start, args.steps + 1), desc="training", initial=start,
                          total=args.steps, disable=rank > 0):
+            # Also where it starts: a resume has removed that measurement from the log.
             if rank == 0 and (step % args.eval_every == 0 or step in (start, args.steps)):
                 save(folder / f"step_{step:06d}.pt", model, tokenizer)
                 log(folder, "eval", step, **measure(model, tokenizer, texts, args, autocast))
@@ -115,8 +116,6 @@ def measure(model, tokenizer, texts, args, autocast):
         if texts.dev:
             examples = [data.encode_pair(pair, tokenizer, args) for pair in texts.dev[source]]
             row["dev_loss"] = scoring.mean_loss(model, examples)
-            scores, _ = scoring.score_tests(model, tokenizer, texts.dev, args)
-            row["dev_rougeL"] = scores[source]["rougeL"]
         if texts.test:
             few = {lang: pairs[:args.eval_size] for lang, pairs in texts.test.items()}
             row["test"], _ = scoring.score_tests(model, tokenizer, few, args)
@@ -140,7 +139,7 @@ def prepare(model, args, device, processes):
     learner = model
     if processes > 1:
         learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        learner.encode = model.encode
+        learner.encode = model.encode  # its gradients are averaged with those of forward()
     return learner, [weight for weight in model.parameters() if weight.requires_grad]
 
 
@@ -169,7 +168,7 @@ def own_rows(tensors, rank, processes, device):
 
 
 # The run's folder: args.json, log.jsonl, step_NNNNNN.pt at each measurement, and last.pt, from
-# which --resume goes on. Whatever is random in a step depends on --seed and the step alone.
+# which --resume goes on. What is random in a step depends on --seed, the step and the rank alone.
 
 def claim_folder(args, rank):
     """Return the run's folder with its arguments in it; ValueError where it has another run's."""
@@ -184,10 +183,10 @@ def claim_folder(args, rank):
             raise ValueError(f"{folder}: holds a run already; add --resume, or name another --out")
         old = vars(scoring.read_run(folder)[0])
         changed = [name for name, value in vars(args).items()
-                   if name not in MAY_CHANGE and old[name] != value]
+                   if name not in MAY_CHANGE and old.get(name) != value]
         if changed:
             raise ValueError(f"{folder}: expected the run's arguments, found others: "
-                             f"{', '.join(f'{name} was {old[name]}' for name in changed)}")
+                             f"{', '.join(f'{name} was {old.get(name)}' for name in changed)}")
     folder.mkdir(parents=True, exist_ok=True)
     content = {"arguments": vars(args), "torch": torch.__version__}
     data.write_file(folder / "args.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -229,7 +228,8 @@ def parse_args(argv=None):
     positive = scoring.positive
     scoring.add_texts(parser)
     add = parser.add_argument_group("training").add_argument
-    add("--dev", nargs=1, metavar="TEXT", help="development pairs in the source language (toy: it)")
+    add("--dev", nargs=1, metavar="TEXT",
+        help="development pairs in the source language (toy: its stories)")
     add("--train-size", type=positive, metavar="N", help="pairs a language (all; toy: 4000)")
     add("--init", metavar="CHECKPOINT", default=str(scoring.TOY_BASE),
         help="checkpoint to start from (the toy base)")
@@ -276,9 +276,10 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         fail(error)
     except torch.OutOfMemoryError:
-        fail("the device's memory is full; the last finished step is saved. Go on with --resume "
-             "--recompute, or try PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, a smaller "
-             "--batch-size or --reg-batch, or a vocabulary cut by: model.py convert --trim")
+        fail("the device's memory is full. A step that was finished is saved: go on with --out, "
+             "--resume and --recompute, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; or "
+             "start anew with a smaller --batch-size, --reg-batch or a trimmed vocabulary "
+             "(python model.py convert --trim)")
     except KeyboardInterrupt:
         fail("stopped; the same command with --out and --resume goes on from last.pt", code=130)
 

@@ -42,8 +42,7 @@ def xlrs(pooled):
     A model's XLRS, one number, is the mean of these.
     pooled (L, B, D): B parallel sentences in L languages; row 0 is the source.
     """
-    source, others = pooled[:1], pooled[1:]
-    return similarity(source.expand_as(others), others).mean(dim=1)
+    return similarity(pooled[:1], pooled[1:]).mean(dim=1)
 
 
 def regulariser(pooled, floor=FLOOR):

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait don't spin
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's folder
 
 import eval as scoring
 from xlrs import FLOOR, choose, spearman

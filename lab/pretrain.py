@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait don't spin
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's folder
 
 import numpy as np
 import sentencepiece
@@ -206,7 +206,7 @@ def mask_spans(ids, spans, sentinels):
     "a <extra_id_0> d e </s>" and "<extra_id_0> b c </s>".
     """
     source, target, position = [], [], 0
-    for (start, end), sentinel in zip(spans, sentinels, strict=False):
+    for (start, end), sentinel in zip(spans, sentinels):
         source += [*ids[position:start], sentinel]
         target += [sentinel, *ids[start:end]]
         position = end
