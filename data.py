@@ -179,8 +179,6 @@ def read_pairs(path, fields=("source", "target")):
     fields: the names of the source's and the target's column.
     """
     path = str(path)
-    if len(fields) != 2:
-        raise ValueError(f"--fields: expected SOURCE,TARGET, found {','.join(fields)}")
     if not path.endswith((".jsonl", ".tsv", ".csv")):
         source, comma, target = path.partition(",")
         if not comma:
@@ -369,11 +367,7 @@ TOY = Path(__file__).resolve().parent / "toy"
 TOY_LANGUAGES = sorted(path.stem for path in TOY.glob("*.ini"))
 TASKS = ("title", "summary", "completion")
 SPLITS = ("pretrain", "train", "dev", "test", "parallel")
-# What happens → how it ends, when somebody helped and when nobody could.
-PLOTS = {plot: ends for ends, plots in {
-    ("relief", "grief"): ("lost", "forgotten", "stolen", "broken"),
-    ("joy", "regret"): ("expensive", "old", "painted", "drawn"),
-}.items() for plot in plots}
+PLOTS = ("lost", "forgotten", "stolen", "broken", "expensive", "old", "painted", "drawn")
 CAST = ("object", "helper", "place", "day", "link")  # entries of one word or phrase
 SLOT = re.compile(r"\{(\w+)(?:\.(\w+))?(?:\?([^{}]*))?\}")
 
@@ -440,36 +434,35 @@ def draw_story(rng):
     """Return one story: what the causal generator chose. rng: a random.Random."""
     english = world("en")
     story = {name: rng.randrange(len(english[name])) for name in ("hero", *CAST)}
-    return story | {"plot": rng.choice(list(PLOTS)), "helped": rng.random() < 0.5,
+    return story | {"plot": rng.choice(PLOTS), "helped": rng.random() < 0.5,
                     "n": rng.randint(2, 9), "opening": rng.choice(["opening_1", "opening_2"])}
 
 
 def tell(story, language):
-    """Return the story in a language: "title", "summary", "ending" and "sentences", a list of 3."""
-    lexicon = world(language)
+    """Return the story in a language: "story", its three sentences; and for each task all answers
+    that are right."""
+    lexicon, side = world(language), "good" if story["helped"] else "bad"
     plot, frame = lexicon[story["plot"]], lexicon["frame"]
-    words = {name: {"": pattern} for name, pattern in lexicon["phrases"].items()}
+    words = {name: {"": pattern} for name, pattern in (lexicon["phrases"] | plot).items()}
     words |= {name: lexicon[name][story[name]] for name in ("hero", *CAST)}
-    words["plot"] = {"": plot["plot"]}
+    words["outcome"] = {"": plot[side]}
     words["n"] = {"": str(story["n"]), "agree": int(story["n"] > 4)}  # Russian 2–4, 5–9
-    helped = story["helped"]
-    patterns = [frame[story["opening"]], plot["problem"], plot["good" if helped else "bad"],
-                plot["title"], frame["summary_good" if helped else "summary_bad"],
-                frame[PLOTS[story["plot"]][not helped]]]
-    told = [fill(pattern, words) for pattern in patterns]
-    told = [text[0].upper() + text[1:] for text in told]
-    return {"sentences": told[:3], "title": told[3], "summary": told[4], "ending": told[5]}
+    patterns = {"story": [frame[story["opening"]], plot["problem"], plot[side]],
+                "title": frame["title"].split("\n")[1:],
+                "summary": frame[f"summary_{side}"].split("\n")[1:],
+                "completion": frame[f"ending_{side}"].split("\n")[1:]}
+    told = {name: [fill(pattern, words) for pattern in lines] for name, lines in patterns.items()}
+    return {name: [text[0].upper() + text[1:] for text in texts] for name, texts in told.items()}
 
 
 def toy_pair(story, language, task):
-    """Return (source, target) of a story for a task, one of TASKS."""
+    """Return (source, target) of a story for a task, one of TASKS.
+
+    The target is one of several right answers. A story draws it by lot, the same in each language,
+    and nothing in the source tells which.
+    """
+    told = tell(story, language)
     if task not in TASKS:
         raise ValueError(f"the toy world's tasks are {', '.join(TASKS)}: name one with --task, or "
-                         "write LANG=FILE for every text")
-    told = tell(story, language)
-    opening = " ".join(told["sentences"])
-    if task == "completion":
-        return opening, told["ending"]
-    return f"{opening} {told['ending']}", told[task]
-
-
+                         f"write {language}=FILE, as for the other texts")
+    return " ".join(told["story"]), random.Random(f"{task} {story}").choice(told[task])
