@@ -31,6 +31,7 @@ from model import load
 from xlrs import choose, pool, xlrs
 
 TOY_BASE, LID = data.TOY / "base.pt", data.TOY / "lid.bin"
+SHOWN = 20  # texts a language among which a report looks for one to show
 
 # Scores -------------------------------------------------------------------------------------------
 
@@ -472,18 +473,19 @@ def choose_checkpoint(folder, by=None):
 def score_run(folder, tests, args, device, autocast):
     """Score a run's base and chosen checkpoint on tests; print, and write to args.out or folder.
 
-    For a run of the toy world the shipped scores of the usual way stand between them: `--reg 0`
-    with default arguments, and the checkpoint that is best on the source language.
+    For a run of the toy world the shipped scores stand around them: of the usual way, `--reg 0` and
+    the checkpoint that is best on the source; and of fine-tuning in the target language itself.
     """
     step = read_json(folder / "selected.json")["step"]
-    usual = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
-    systems = {"base": score_checkpoint(folder / "step_000000.pt", tests, args, device, autocast)}
+    base = score_checkpoint(folder / "step_000000.pt", tests, args, device, autocast)
+    ours = score_checkpoint(folder / f"step_{step:06d}.pt", tests, args, device, autocast)
+    systems = {"base": base, "this run": ours}
+    shipped = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
     in_toy = Path(args.init).resolve() == TOY_BASE and "=" not in str(args.test)
-    if in_toy and args.train == ["en"] and usual.exists():
-        systems["usual way"] = read_json(usual)
-    systems["this run"] = score_checkpoint(folder / f"step_{step:06d}.pt", tests, args, device,
-                                           autocast)
-    report(systems, tests, args, step, Path(args.out or folder))
+    if in_toy and args.train == ["en"] and shipped.exists():
+        usual, upper = read_json(shipped).values()
+        systems = {"base": base, "usual way": usual, "this run": ours, "upper bound": upper}
+    report(systems, "this run", tests, args, step, Path(args.out or folder))
 
 
 def score_checkpoint(path, tests, args, device, autocast):
@@ -497,13 +499,13 @@ def score_checkpoint(path, tests, args, device, autocast):
     return {"scores": scores, "outputs": outputs, "xlrs": similarity}
 
 
-def report(systems, tests, args, step, folder):
-    """Print systems, {name: what score_checkpoint() returns}; write the last one to folder."""
-    source, ours = data.languages(args)[0], list(systems.values())[-1]
+def report(systems, ours, tests, args, step, folder):
+    """Print systems, {name: what score_checkpoint() returns}; write the one named ours too."""
+    source, ours = data.languages(args)[0], systems[ours]
     folder.mkdir(parents=True, exist_ok=True)
     data.write_file(folder / "scores.json", json.dumps(
         {"task": args.task, "step": step, **ours,
-         "outputs": {lang: side[:1] for lang, side in ours["outputs"].items()}},
+         "outputs": {lang: side[:SHOWN] for lang, side in ours["outputs"].items()}},
         indent=1, ensure_ascii=False) + "\n")
     lines = [{"language": lang, "source": text, "reference": reference, "output": output}
              for lang, pairs in tests.items()
@@ -512,19 +514,38 @@ def report(systems, tests, args, step, folder):
         json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
     header = ["ROUGE-L", "wrong %", f"{source} %", "XLRS"]
-    print(f"\n{args.task}, step {step}: {len(lines)} test texts in {len(tests)} languages")
+    at_step = "" if step is None else f", step {step}"
+    print(f"\n{args.task}{at_step}: {len(lines)} test texts, languages: {' '.join(tests)}")
     table([[lang, *columns(ours, [lang])] for lang in tests], ["this run", *header])
     targets = [lang for lang in tests if lang not in data.files_by_language(args.train)]
     if targets:
         print()
         table([[name, *columns(system, targets)] for name, system in systems.items()],
               [f"mean of {' '.join(targets)}", *header])
-        text, reference = tests[targets[0]][0]
-        answers = {name: system["outputs"][targets[0]][0] for name, system in systems.items()}
-        print()
-        for name, shown in {targets[0]: text, "reference": reference, **answers}.items():
-            print(f"{name:10}{shown[:300]}")
+        for title, (lang, place) in examples(systems, targets, data.languages(args)).items():
+            text, reference = tests[lang][place]
+            answers = {name: system["outputs"][lang][place] for name, system in systems.items()
+                       if name != "base" and lang in system["outputs"]}
+            print(f"\n{title}, {lang}: {text[:300]}")
+            for name, shown in {"reference": reference, **answers}.items():
+                print(f"{name:12} {shown[:300]}")
     print(f"\nWritten to {folder}")
+
+
+def examples(systems, targets, expected):
+    """Return {title: (language, place)} of texts to show: the first whose language is mended, the
+    first whose is not, if there are such; without the usual way to compare with, the first of all.
+    """
+    if "usual way" not in systems:
+        return {"text": (targets[0], 0)}
+    shown = {}
+    for lang in targets:
+        usual, ours = (identifier().predict(systems[name]["outputs"][lang][:SHOWN], expected)
+                       for name in ("usual way", "this run"))
+        for place, codes in enumerate(zip(usual, ours)):
+            if codes[0] != lang:
+                shown.setdefault("mended" if codes[1] == lang else "not mended", (lang, place))
+    return shown
 
 
 def columns(system, languages, kinds=("rougeL", "wrong_language", "source_language")):
@@ -604,18 +625,25 @@ def positive(text):
     return value
 
 
+def two_names(text):
+    """An argparse type: two names with a comma between them."""
+    if text.count(",") != 1:
+        raise argparse.ArgumentTypeError(f"expected SOURCE,TARGET, found {text}")
+    return text
+
+
 def add_texts(parser):
     """Add the flags on texts and device that train.py and eval.py share."""
     parser.epilog = "TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE."
     add = parser.add_argument_group("task and text").add_argument
-    add("--task", choices=data.TASKS, help="of the toy world (completion)")
+    add("--task", choices=data.TASKS, help="of the toy world (title)")
     add("--train", nargs="+", metavar="TEXT", default=["en"],
         help="training pairs; the first language is the source (en)")
     add("--test", nargs="+", metavar="TEXT", help="test pairs (toy: every language)")
     add("--parallel", nargs="+", metavar="TEXT",
         help="aligned lines, for XLRS and the regulariser (toy: every language)")
-    add("--fields", metavar="SOURCE,TARGET", default="source,target",
-        help="column names in JSONL, TSV and CSV files (%(default)s)")
+    add("--fields", type=two_names, metavar="SOURCE,TARGET", default="source,target",
+        help="column names in all JSONL, TSV and CSV files (%(default)s)")
     add("--test-size", type=positive, metavar="N", help="test texts a language (all; toy: 200)")
     add("--eval-size", type=positive, default=100, metavar="N",
         help="texts a language at each checkpoint, and in all to measure XLRS on (%(default)s)")
@@ -634,7 +662,7 @@ def add_texts(parser):
 def complete(args):
     """Return args with the defaults that depend on whether files were named."""
     source, in_files = args.train[0].partition("=")[0], "=" in args.train[0] + str(args.test)
-    args.task = args.task or ("files" if in_files else "completion")
+    args.task = args.task or ("files" if in_files else "title")
     if not in_files:
         everywhere = [source, *(lang for lang in data.TOY_LANGUAGES if lang != source)]
         args.test = args.test or everywhere
@@ -696,8 +724,8 @@ def score_model(args):
             choose_checkpoint(path, args.by)
         score_run(path, tests, args, device, autocast)
     else:
-        report({path.name: score_checkpoint(path, tests, args, device, autocast)}, tests, args,
-               None, Path(args.out or "runs/eval"))
+        found = score_checkpoint(path, tests, args, device, autocast)
+        report({path.name: found}, path.name, tests, args, None, Path(args.out or "runs/eval"))
 
 
 def score_files(args):

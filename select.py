@@ -51,7 +51,8 @@ def main(argv=None):
 
         chosen = scoring.choose_checkpoint(args.run, args.by)
         show(*scoring.read_run(args.run), chosen)
-        print(f"step {chosen['step']} was chosen: {args.run}/selected.json")
+        print(f"step {chosen['step']} was chosen: {args.run}/selected.json; "
+              f"python eval.py {args.run} scores it")
     except (ValueError, OSError) as error:
         print(f"select.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None

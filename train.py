@@ -1,6 +1,6 @@
 """Fine-tunes mT5 on one language and watches, or regularises, its representation of others.
 
-    loss = cross-entropy on the task + λ · max(0, mean cosine of source and other languages − floor)
+    loss = cross-entropy on the task + λ · max(0, Σ over the other languages of (XLRS − floor))
 
 `python train.py --reg 0.1` shows the effect in the toy world.
 
@@ -48,14 +48,14 @@ def train(args):
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                                   fused=device.type == "cuda")
     folder = claim_folder(args, rank)
-    start = resume(folder, model, optimizer, rank) if args.resume else 0
+    start = resume(folder, model, optimizer, rank, args.steps) if args.resume else 0
     batches = data.batches(texts.train, tokenizer, args, start)
     parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, start)
                         if args.reg else itertools.repeat([]))
     try:
         for step in tqdm(range(start, args.steps + 1), desc="training", initial=start,
                          total=args.steps, disable=rank > 0):
-            # Also where it starts: a resume has removed that measurement from the log.
+            # Also where it starts: after a full memory last.pt has no measurement yet.
             if rank == 0 and (step % args.eval_every == 0 or step in (start, args.steps)):
                 save(folder / f"step_{step:06d}.pt", model, tokenizer)
                 log(folder, "eval", step, **measure(model, tokenizer, texts, args, autocast))
@@ -63,11 +63,11 @@ def train(args):
             if step == args.steps:
                 break
             rng = np.random.default_rng([args.seed, step, rank])
-            torch.manual_seed(rng.integers(2**63))  # of this step's dropout
+            torch.manual_seed(rng.integers(2**63))  # dropout, too, depends on seed, step and rank
             lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
             optimizer.param_groups[0]["lr"] = lr
-            batch, *parallel = (own_rows(tensors, rank, processes, device)
-                                for tensors in (next(batches), *next(parallel_batches)))
+            batch, *parallel = [own_rows(tensors, rank, processes, device)
+                                for tensors in [next(batches), *next(parallel_batches)]]
             with autocast:
                 loss, term = objective(learner, batch, parallel, args.reg_floor)
             (loss + args.reg * term).backward()
@@ -86,7 +86,7 @@ def train(args):
             save_last(folder, model, tokenizer, optimizer, step)
         raise
     if rank == 0:
-        scoring.choose_checkpoint(folder)
+        scoring.choose_checkpoint(folder)  # the lowest XLRS, down to the floor; never the base
         if texts.test:
             scoring.score_run(folder, texts.test, args, device, autocast)
     if processes > 1:
@@ -96,6 +96,7 @@ def train(args):
 def objective(model, batch, parallel, floor):
     """Return the two parts of `loss = cross-entropy + λ · term`, scalars.
 
+    The term is L − 1 times the regulariser (ours), so that λ is the weight of one other language.
     batch: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (B, S), mask) of
     the same sentences in each language, the source first, or nothing.
     """
@@ -103,7 +104,7 @@ def objective(model, batch, parallel, floor):
     if not parallel:
         return loss, torch.zeros_like(loss)
     pooled = torch.stack([pool(model.encode(ids, mask), mask) for ids, mask in parallel])
-    return loss, regulariser(pooled, floor)  # pooled (L, B, D)
+    return loss, (len(pooled) - 1) * regulariser(pooled, floor)  # pooled (L, B, D)
 
 
 def measure(model, tokenizer, texts, args, autocast):
@@ -139,13 +140,13 @@ def prepare(model, args, device, processes):
     learner = model
     if processes > 1:
         learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
-        learner.encode = model.encode  # its gradients are averaged with those of forward()
+        learner.encode = model.encode  # one backward pass: a weight's gradients go together
     return learner, [weight for weight in model.parameters() if weight.requires_grad]
 
 
 # Several processes, started by torchrun. Each draws the same batch and takes its rows of it;
 # DistributedDataParallel makes the mean of their gradients. So the loss is the mean of the
-# processes' means, where one process takes one mean over all tokens and one maximum.
+# processes' means, where one process takes one mean over all tokens and one max(0, …).
 
 def join_processes():
     """Return (rank of this process, number of processes), after all have found each other."""
@@ -193,7 +194,7 @@ def claim_folder(args, rank):
     return folder
 
 
-def resume(folder, model, optimizer, rank):
+def resume(folder, model, optimizer, rank, steps):
     """Return how many steps the run in the folder has finished, after going back to the last.
 
     What the log says of later steps is removed. A run without a checkpoint begins anew.
@@ -204,6 +205,8 @@ def resume(folder, model, optimizer, rank):
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         finished = state["step"]
+        if finished > steps:
+            raise ValueError(f"{folder}: expected --steps of at least {finished}, which are done")
     if rank == 0:
         rows = [row for row in scoring.read_log(folder)
                 if row["step"] < finished or (row["step"] == finished and row["kind"] == "train")]
@@ -234,7 +237,7 @@ def parse_args(argv=None):
     add("--init", metavar="CHECKPOINT", default=str(scoring.TOY_BASE),
         help="checkpoint to start from (the toy base)")
     add("--reg", type=float, default=0.0, metavar="λ",
-        help="weight of the regulariser, nats per cosine of 1 (0: none)")
+        help="weight of the regulariser, nats per cosine of 1 of each other language (0: none)")
     add("--reg-floor", type=float, default=FLOOR, metavar="COSINE",
         help="low enough, for the regulariser and for choosing (%(default)s; -1: no floor)")
     add("--reg-batch", type=positive, default=8, metavar="N",
@@ -281,7 +284,8 @@ def main(argv=None):
              "start anew with a smaller --batch-size, --reg-batch or a trimmed vocabulary "
              "(python model.py convert --trim)")
     except KeyboardInterrupt:
-        fail("stopped; the same command with --out and --resume goes on from last.pt", code=130)
+        fail("stopped; the same command with --out and --resume goes on from the last measurement",
+             code=130)
 
 
 def fail(message, code=2):

@@ -14,7 +14,7 @@ import math
 import torch
 from torch.nn import functional as F
 
-FLOOR = 0.3  # cosine that is low enough, for the regulariser and for choosing (ours)
+FLOOR = -0.5  # cosine that is low enough, for the regulariser and for choosing (ours)
 
 
 def pool(states, mask):
@@ -31,7 +31,8 @@ def similarity(a, b):
     """Return the cosine of each pair of sentence vectors, (B,), in [-1, 1] (ours).
 
     XLRS is the mean of this over the pairs of a parallel text, and then over language pairs.
-    a, b (B, D): the same sentences in two languages. In float32 whatever the model's precision.
+    a, b (…, B, D), one may broadcast: the same sentences in two languages. In float32 whatever the
+    model's precision.
     """
     return F.cosine_similarity(a.float(), b.float(), dim=-1)
 
@@ -46,13 +47,13 @@ def xlrs(pooled):
 
 
 def regulariser(pooled, floor=FLOOR):
-    """Return the term that λ multiplies in `loss = cross-entropy + λ · term`, a scalar ≥ 0.
+    """Return how far XLRS is above the floor, a scalar ≥ 0; train.py says what λ multiplies.
 
-        term = max(0, mean cosine of source and other languages − floor)
+        max(0, mean cosine of source and other languages − floor)
 
     pooled (L, B, D): B parallel sentences in L languages; row 0 is the source. Gradient flows to
     both sides. This form is ours, and so is the floor: without it (floor = −1) the cheapest way to
-    please the term is to push the languages to opposite poles, where XLRS is −1 and many outputs
+    please the term is to push the languages to opposite poles, where XLRS nears −1 and many outputs
     are in a wrong language.
     """
     if pooled.shape[0] < 2:
@@ -65,10 +66,10 @@ def choose(checkpoints, by="xlrs", floor=FLOOR):
     """Return the checkpoint that the rule picks; the earliest of equals.
 
     checkpoints: dicts with "step", "xlrs" (a number in [-1, 1]) and "dev" (the source language's
-    development score, higher is better). by="xlrs": lowest XLRS, the paper's rule, which needs no
-    target-language data; by="dev": best development score, the usual rule.
-    floor: XLRS below it counts as equal to it (ours): the regulariser can push XLRS as low as one
-    likes, and past its floor that is no merit. -1 leaves the paper's rule as it is.
+    development score, higher is better: minus the loss, say). by="xlrs": lowest XLRS, the paper's
+    rule, which needs no target-language data; by="dev": best development score, the usual rule.
+    floor: XLRS below it counts as equal to it (ours): lower is no merit there, where momentum alone
+    carries XLRS on. -1 leaves the paper's rule as it is.
     """
     keys = {"xlrs": lambda row: max(row["xlrs"], floor), "dev": lambda row: -row["dev"]}
     if by not in keys:
