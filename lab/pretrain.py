@@ -1,5 +1,5 @@
-"""Makes the toy base, toy/base.pt: a small mT5 that has read pages of the toy world, 30 % of them
-in two languages. 6,000 steps take about 20 minutes on one CPU core:
+"""Makes the toy base, toy/base.pt: a small mT5 that has read pages of the toy world, a fifth of
+them in two languages. 9,000 steps take about 30 minutes on one CPU core:
 
     python lab/pretrain.py > pretrain.jsonl
 
