@@ -6,6 +6,7 @@ Shapes: N texts, B sentences, D width of the encoder, L languages; more where th
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py says why
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
 import collections

@@ -174,14 +174,15 @@ def at_usual_rate(runs):
 
 
 def at_best_rate(runs, name, score):
-    """Return the run of highest score(facts) of each task and seed, of all rates of a method."""
-    best = {}
+    """Return the run of highest score(facts) over a method's rates, of each task and seed that has
+    them all."""
+    alike = {}
     for run in runs:
-        key = run["task"], run["seed"]
-        if method(run) == name and (
-                key not in best or score(run["facts"]) > score(best[key]["facts"])):
-            best[key] = run
-    return list(best.values())
+        if method(run) == name:
+            alike.setdefault((run["task"], run["seed"]), []).append(run)
+    rates = max(map(len, alike.values()))
+    return [max(found, key=lambda run: score(run["facts"])) for found in alike.values()
+            if len(found) == rates]
 
 
 def pair_of_methods(runs):

@@ -151,10 +151,10 @@ def train_tokenizer(lines, vocab_size):
 def page(rng, bilingual):
     """Return a pre-training page of the toy world: [(what it is, sentence), …].
 
-    Half of the pages tell a story, from its title to its summary; the others are collections of
-    titles, summaries and endings without their story. With probability bilingual a page has fewer
-    sentences, each followed by its translation; the web has such pages by accident, we by design
-    (ours). rng: a numpy generator.
+    Half of the pages tell a story, from its title to its summary (its three sentences alone, if it
+    is in two languages); the others are collections of titles, summaries and endings without their
+    story. With probability bilingual a page has fewer sentences, each followed by its translation;
+    the web has such pages by accident, we by design (ours). rng: a numpy generator.
     """
     stream = random.Random(int(rng.integers(2**62)))
     story = data.draw_story(stream)
@@ -184,10 +184,11 @@ def corruption(tokenizer, args, density=0.25, whole_sentences=0.4):
     """Return a draw function for batches_of(): pages with spans masked.
 
     On a share of whole_sentences of the pages one or two sentences are masked, on the others random
-    spans of density of the ids. A title, summary or ending is masked in a collection alone, for a
+    spans of density of the ids. A title, summary or ending is masked whole in a collection alone: a
     page that asked for a story's would show what fine-tuning is to teach. In the second phase the
-    sentences of stories are not masked either: a base that has learnt to fill in those answers any
-    story with one. The numbers are ours: mT5 has 0.15 and no whole sentences.
+    sentences of stories are not masked whole either, those of collections twice as often: a base
+    that has learnt to fill in those answers any story with one. The numbers are ours: mT5 has 0.15
+    and no whole sentences.
     """
     sentinels = tokenizer.sentinels
 
