@@ -164,6 +164,8 @@ def test_similarity_is_the_cosine(a, b, cosine):
     assert found.tolist() == pytest.approx([cosine], abs=1e-6), (
         f"cosine of {a} and {b}: expected {dot:g} / ({lengths}) = {cosine:.3f}, found "
         f"{found.tolist()}")
+    nothing = xlrs.similarity(torch.zeros(1, len(a)), torch.tensor([a])).item()
+    assert nothing == 0, f"zeros, a sentence without tokens: expected 0, found {nothing}"
     found = xlrs.similarity(torch.tensor([[a]]), torch.tensor([[b], [b]]))  # as xlrs() calls it
     assert found.shape == (2, 1), f"(1, 1, D) and (2, 1, D): expected (2, 1), found {found.shape}"
 
