@@ -561,8 +561,8 @@ def read_weights(folder):
     weights = {}
     for path in paths:
         with whole(path, "weights of a model"):
-            weights |= read_safetensors(path) if path.suffix == ".safetensors" else torch.load(
-                path, map_location="cpu", weights_only=True)
+            weights |= (read_safetensors(path) if path.suffix == ".safetensors" else
+                        torch.load(path, map_location="cpu", weights_only=True))
     return weights
 
 

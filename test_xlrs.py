@@ -1032,6 +1032,7 @@ def test_rouge_l_equals_rouge_score_on_ascii_text():
 def test_lcs_of_a_padded_batch_is_the_textbook_table():
     rng = random.Random(1)
     pairs = [[[rng.randrange(6) for _ in range(rng.randrange(40))] for _ in "ab"] for _ in "x" * 30]
+    pairs += [[[5], [5, 5]], [[5, 5], [5, 5, 5]]]  # short enough to follow with a pencil
     expected = []
     for a, b in pairs:
         table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
@@ -1042,7 +1043,11 @@ def test_lcs_of_a_padded_batch_is_the_textbook_table():
         expected.append(table[-1][-1])
     a, b = (torch.tensor([pair[side] + [-1 - side] * (40 - len(pair[side])) for pair in pairs])
             for side in (0, 1))
-    assert scoring.lcs(a, b).tolist() == scoring.lcs(b, a).tolist() == expected
+    for one, other in ((a, b), (b, a)):
+        wrong = [(*pair, length, found) for pair, length, found in zip(
+            pairs, expected, scoring.lcs(one, other).tolist()) if length != found]
+        assert not wrong, "two texts, their LCS, and what was found: {}, {}: {}, {}".format(
+            *min(wrong, key=lambda row: len(row[0]) + len(row[1])))
 
 
 @pytest.mark.parametrize("language", GREETINGS)
@@ -1569,7 +1574,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(tmp_path):
-    # What is dropped out differs from process to process; a high rate would magnify the means.
+    # Dropout differs from process to process; a high rate would magnify how the means differ.
     same = (*SMALL, "--reg", 0.1, "--dropout", 0, "--lr", 2e-4)
     learn(tmp_path / "one", *same)
     words = [str(word) for word in (*same, "--out", tmp_path / "two")]
@@ -1581,7 +1586,7 @@ def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(tmp_path):
     assert finished.stdout.count("mean of de ru") == 1  # one process reports
     one, two = (rows(tmp_path / name, "eval") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):  # up to how the means are taken
-        assert b["dev_loss"] == pytest.approx(a["dev_loss"], rel=0.02)
+        assert b["dev_loss"] == pytest.approx(a["dev_loss"], rel=0.003)
     train.main([*words, "--steps", "8", "--resume"])
     assert [row["step"] for row in rows(tmp_path / "two", "train")] == list(range(1, 9))
 
@@ -1627,7 +1632,7 @@ def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path):
     assert finished.returncode == 0, finished.stderr
     first = finished.stdout.split("\n\n")[0].splitlines()
     assert [line[0] for line in first[3:]] == list("1123333333334")
-    assert finished.stdout.count("\n") <= 90 and "<svg" in (tmp_path / "runs.svg").read_text()
+    assert finished.stdout.count("\n") <= 80 and "<svg" in (tmp_path / "runs.svg").read_text()
 
 
 def test_what_is_no_run_is_refused_in_one_line(tmp_path):

@@ -10,7 +10,7 @@ Shapes: B sentences, S source tokens, T target tokens, L languages, D width.
 import os
 
 # Before torch: threads that wait go to sleep, or two runs would slow each other more than tenfold;
-# but they look 2,000 times before, for to wake up costs a run that is alone half its time.
+# but they look 2,000 times before, or a run that is alone would take half as long again.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
