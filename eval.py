@@ -9,13 +9,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py sa
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import argparse
-import collections
 import functools
-import itertools
 import json
 import math
 import re
-import statistics
 import sys
 import unicodedata
 import zlib
@@ -28,7 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import data
-from model import load
+from model import load, read_json, whole
 from xlrs import choose, pool, xlrs
 
 TOY_BASE, LID = data.TOY / "base.pt", data.TOY / "lid.bin"
@@ -77,9 +74,10 @@ def rouge_l(predictions, references):
     if len(predictions) != len(references):
         raise ValueError(f"expected as many references as predictions, found {len(references)} "
                          f"and {len(predictions)}")
-    number = collections.defaultdict(itertools.count().__next__)  # token -> its id
-    pairs = [[torch.tensor([number[token] for token in tokens(text)], dtype=torch.int32)
-              for text in pair] for pair in zip(predictions, references)]
+    number = {}  # token -> its id
+    pairs = [[torch.tensor([number.setdefault(token, len(number)) for token in tokens(text)],
+                           dtype=torch.int32) for text in pair]
+             for pair in zip(predictions, references)]
     order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i])))  # little padding
     scores = torch.zeros(len(pairs))
     for start in tqdm(range(0, len(pairs), 256), desc="ROUGE-L", leave=False, delay=1):
@@ -117,8 +115,6 @@ NO_SPACES = ("\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\
 SINGLE = re.compile(f"[{NO_SPACES}]")
 # One character with its marks, or a run of such; the lookahead drops punctuation.
 TOKEN = re.compile(rf"(?=[^\W_])[{NO_SPACES}][{MARKS}]*|(?:[^\W_{NO_SPACES}][{MARKS}]*)+")
-# More than 30 marks on a letter: no language writes them, and NFKC takes quadratic time over them.
-PILED = re.compile(rf"([{MARKS}]{{30}})[{MARKS}]+")
 JOINERS = dict.fromkeys([0xAD, 0x200C, 0x200D])  # invisible: they shape or hyphenate a word
 
 
@@ -134,7 +130,7 @@ def written(text):
     """Return the tokens of text as they are written there, in the normal form NFKC."""
     if text.isascii():
         return TOKEN.findall(CONTROL.sub(" ", text))
-    text = PILED.sub(r"\1", CONTROL.sub(" ", text).translate(JOINERS))
+    text = CONTROL.sub(" ", text).translate(JOINERS)
     return TOKEN.findall(unicodedata.normalize("NFKC", text))
 
 
@@ -214,17 +210,17 @@ class LanguageIdentifier:
 
     def evidence(self, texts):
         """Return what speaks for each language rather than the average one, (N, L), nats."""
-        found = [torch.zeros(0, len(self.languages))]
+        evidence = torch.zeros(len(texts), len(self.columns))
         for start in tqdm(range(0, len(texts), 1024), desc="languages", leave=False, delay=1):
             lines = [written(text) for text in texts[start:start + 1024]]
             flat, words = self.words(lines)  # (all words), (W, C)
             words = words - words.logsumexp(dim=1, keepdim=True) + np.log(words.shape[1])
             words = ((1 - FOREIGN) * words.exp() + FOREIGN).log()
             weight = torch.tensor([w for line in lines for w in weights(line)])
-            ends = list(itertools.accumulate(map(len, lines), initial=0))
-            found.append(self.by_language(F.embedding_bag(
-                flat, words, torch.tensor(ends[:-1]), mode="sum", per_sample_weights=weight)))
-        return torch.cat(found)
+            each = (words[flat] * weight[:, None]).split([len(line) for line in lines])
+            for place, line in enumerate(each, start):
+                evidence[place] = line.sum(dim=0)
+        return self.by_language(evidence)
 
     def mixed(self, texts, target, source):
         """Return the share of each text's words that are the source's though not the target's.
@@ -235,19 +231,14 @@ class LanguageIdentifier:
         In scripts without spaces a word is a character. This rule is ours. Raises
         ValueError for a language that the table lacks.
         """
-        unknown = {target, source} - set(self.languages)
-        if unknown:
-            raise ValueError(f"the identifier does not know {', '.join(sorted(unknown))}; it knows "
-                             f"{' '.join(self.languages)}")
+        target, source = self.languages.index(target), self.languages.index(source)
         lines = [written(text) for text in texts]
-        if target == source:
-            return torch.zeros(len(texts))
         flat, scores = self.words(lines)
         scores = self.by_language(scores)  # (W, L)
-        ours, target = (scores[:, self.languages.index(name)] for name in (source, target))
-        hit = ((ours > target + MIXED) & (ours > scores.amax(dim=1) - HAIR))[flat]
-        whole = self.table[[whole_row(piece) for line in lines for piece in pieces(line)]]
-        common = self.by_language(whole)[:, self.languages.index(source)] * UNIT > COMMON
+        ours, others = scores[:, source], scores.amax(dim=1)
+        hit = ((ours > scores[:, target] + MIXED) & (ours > others - HAIR))[flat]
+        rows = self.table[[whole_row(piece) for line in lines for piece in pieces(line)]]
+        common = self.by_language(rows)[:, source] * UNIT > COMMON
         small = torch.tensor([word == lower(word) for line in lines for word in line], dtype=bool)
         hits = (hit & (small | common)).split([len(line) for line in lines])
         return torch.tensor([line.sum() / max(1, len(line)) for line in hits])
@@ -329,19 +320,12 @@ def read_table(path):
     The file: a line of JSON, then zlib-compressed bytes, in units of UNIT nats. blocks: which 64
     code points after one another hold letters that the table knows.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no language table; make one by: python "
-                                "lab/identifier.py NTREX_DIR")
-    try:
-        head, _, body = path.read_bytes().partition(b"\n")
-        head = json.loads(head)
-        body = np.frombuffer(bytearray(zlib.decompress(body)), np.uint8)
-        body = body.reshape(GRAMS + WORDS, len(head["columns"]))
-        return head["columns"], set(head["blocks"]), torch.from_numpy(body).bfloat16()  # exact
-    except (ValueError, TypeError, KeyError, zlib.error):
-        raise ValueError(f"{path}: expected a language table, found other or damaged bytes; "
-                         "python lab/identifier.py NTREX_DIR makes one") from None
+    with whole(path, "a language table, as python lab/identifier.py NTREX_DIR makes it"):
+        head, _, body = Path(path).read_bytes().partition(b"\n")
+        head, body = json.loads(head), bytearray(zlib.decompress(body))
+        table = torch.frombuffer(body, dtype=torch.uint8).view(-1, len(head["columns"]))
+        assert len(table) == GRAMS + WORDS
+        return head["columns"], set(head["blocks"]), table.bfloat16()  # exact
 
 
 @functools.cache
@@ -394,10 +378,10 @@ def mean_loss(model, examples, size=64):
     """Return the mean cross-entropy, nats a token, of (source ids, target ids) examples."""
     total = count = 0
     for start in range(0, len(examples), size):
-        ids, mask, labels = (tensor.to(model.head.weight.device)
-                             for tensor in data.collate(examples[start:start + size]))
-        real = (labels != data.IGNORE).sum()
-        total += model(ids, mask, labels) * real
+        batch = [tensor.to(model.head.weight.device)
+                 for tensor in data.collate(examples[start:start + size])]
+        real = (batch[2] != data.IGNORE).sum()
+        total += model(*batch) * real
         count += real
     return (total / count).item()
 
@@ -439,15 +423,8 @@ def read_log(folder):
     """Return the rows of a run's log.jsonl; a last line that a kill tore off is left out."""
     path = Path(folder) / "log.jsonl"
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
-    return [read_json(path, line) for line in lines[:-1]]
-
-
-def read_json(path, text=None):
-    """Return the value in a JSON file that our own scripts wrote, or in the given text of it."""
-    try:
-        return json.loads(Path(path).read_text("utf-8") if text is None else text)
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged ({error}); mend it, or start the run anew") from None
+    with whole(path, "a JSON object a line"):
+        return [json.loads(line) for line in lines[:-1]]
 
 
 def choose_checkpoint(folder, by=None):
@@ -504,15 +481,13 @@ def report(systems, ours, tests, args, step, folder):
     """Print systems, {name: what score_checkpoint() returns}; write the one named ours too."""
     source, ours = data.languages(args)[0], systems[ours]
     folder.mkdir(parents=True, exist_ok=True)
-    data.write_file(folder / "scores.json", json.dumps(
-        {"task": args.task, "step": step, **ours,
-         "outputs": {lang: side[:SHOWN] for lang, side in ours["outputs"].items()}},
-        indent=1, ensure_ascii=False) + "\n")
-    lines = [{"language": lang, "source": text, "reference": reference, "output": output}
+    content = {"task": args.task, "step": step, "xlrs": ours["xlrs"], "scores": ours["scores"]}
+    data.write_file(folder / "scores.json", json.dumps(content, indent=1) + "\n")
+    lines = [json.dumps({"language": lang, "source": text, "reference": reference,
+                         "output": output}, ensure_ascii=False) + "\n"
              for lang, pairs in tests.items()
              for (text, reference), output in zip(pairs, ours["outputs"][lang])]
-    data.write_file(folder / "outputs.jsonl", "".join(
-        json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    data.write_file(folder / "outputs.jsonl", "".join(lines))
 
     header = ["ROUGE-L", "wrong %", f"{source} %", "XLRS"]
     at_step = "" if step is None else f", step {step}"
@@ -562,16 +537,14 @@ def compare(folders):
 
     ± is half the width of the 95 % interval over seeds.
     """
-    alike = {}  # all arguments but these -> rows
+    alike = {}  # all arguments but these three -> rows
     for folder in folders:
-        args = vars(read_run(folder)[0])
-        scores = read_json(Path(folder) / "scores.json")
-        seen = {word.partition("=")[0] for word in args["train"]}
-        key = json.dumps({name: args[name] for name in args if name not in (
-            "seed", "out", "resume")})
-        row = columns(scores, [lang for lang in scores["scores"] if lang not in seen],
-                      ("rougeL", "wrong_language", "source_language", "mixed"))
-        alike.setdefault(key, []).append([folder, args["task"], *row])
+        args = vars(read_run(folder)[0]) | dict.fromkeys(("seed", "out", "resume"))
+        found = read_json(Path(folder) / "scores.json")
+        targets = [x for x in found["scores"] if x not in data.files_by_language(args["train"])]
+        kinds = ("rougeL", "wrong_language", "source_language", "mixed")
+        alike.setdefault(json.dumps(args), []).append(
+            [folder, args["task"], *columns(found, targets, kinds)])
     rows = []
     for members in alike.values():
         rows += members
@@ -597,7 +570,7 @@ def mean_and_half(values):
     if len(values) < 2:
         return mean(values), math.nan
     t = T95[min(len(values) - 2, len(T95) - 1)]
-    return mean(values), t * statistics.stdev(values) / math.sqrt(len(values))
+    return mean(values), t * np.std(values, ddof=1) / math.sqrt(len(values))
 
 
 def interval(values, digits=1):

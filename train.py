@@ -175,24 +175,21 @@ def own_rows(tensors, rank, processes, device):
 
 def claim_folder(args, rank):
     """Return the run's folder with its arguments in it; ValueError where it has another run's."""
-    name = f"{args.task}-{'-'.join(data.files_by_language(args.train))}-reg{args.reg:g}"
+    name = f"runs/{args.task}-{'-'.join(data.files_by_language(args.train))}-reg{args.reg:g}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    folder = Path(args.out or next(path for path in map(Path("runs").joinpath, names)
-                                   if not path.exists()))
-    if rank > 0:
-        return folder
-    if (folder / "args.json").exists():
+    folder = Path(args.out or next(name for name in names if not Path(name).exists()))
+    if rank == 0 and (folder / "args.json").exists():
         if not args.resume:
             raise ValueError(f"{folder}: holds a run already; add --resume, or name another --out")
         old = vars(scoring.read_run(folder)[0])
-        changed = [name for name, value in vars(args).items()
+        changed = [f"{name} was {old.get(name)}" for name, value in vars(args).items()
                    if name not in MAY_CHANGE and old.get(name) != value]
         if changed:
-            raise ValueError(f"{folder}: expected the run's arguments, found others: "
-                             f"{', '.join(f'{name} was {old.get(name)}' for name in changed)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"arguments": vars(args), "torch": torch.__version__}
-    data.write_file(folder / "args.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            raise ValueError(f"{folder}: expected the run's arguments, found {', '.join(changed)}")
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"arguments": vars(args), "torch": torch.__version__}
+        data.write_file(folder / "args.json", json.dumps(content, indent=1) + "\n")
     return folder
 
 
@@ -201,14 +198,14 @@ def resume(folder, model, optimizer, rank, steps):
 
     What the log says of later steps is removed. A run without a checkpoint begins anew.
     """
-    last, finished = folder / "last.pt", 0
-    if last.exists():
-        state = read_checkpoint(last)
+    finished = 0
+    if (folder / "last.pt").exists():
+        state = read_checkpoint(folder / "last.pt")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         finished = state["step"]
-        if finished > steps:
-            raise ValueError(f"{folder}: expected --steps of at least {finished}, which are done")
+    if finished > steps:
+        raise ValueError(f"{folder}: expected --steps of at least {finished}, which are done")
     if rank == 0:
         rows = [row for row in scoring.read_log(folder)
                 if row["step"] < finished or (row["step"] == finished and row["kind"] == "train")]
@@ -233,11 +230,9 @@ def parse_args(argv=None):
     positive = scoring.positive
     scoring.add_texts(parser)
     add = parser.add_argument_group("training").add_argument
-    add("--dev", nargs=1, metavar="TEXT",
-        help="development pairs in the source language (toy: its stories)")
+    add("--dev", nargs=1, metavar="TEXT", help="source-language development pairs (toy: stories)")
     add("--train-size", type=positive, metavar="N", help="pairs a language (all; toy: 4000)")
-    add("--init", metavar="CHECKPOINT", default=str(scoring.TOY_BASE),
-        help="checkpoint to start from (the toy base)")
+    add("--init", metavar="CHECKPOINT", default=str(scoring.TOY_BASE), help="start (the toy base)")
     add("--reg", type=float, default=0.0, metavar="λ",
         help="weight of the regulariser, nats per cosine of 1 of each other language (0: none)")
     add("--reg-floor", type=float, default=FLOOR, metavar="COSINE",
@@ -258,7 +253,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compile", action="store_true", help="compile the model (torch.compile)")
     add("--recompute", action="store_true",
-        help="compute activations again in the backward pass: less memory, more time")
+        help="compute activations again in the backward pass: less memory, a fifth more time")
     args = scoring.complete(parser.parse_args(argv))
     source, in_files, _ = args.train[0].partition("=")
     args.dev = args.dev or (None if in_files else [source])
@@ -266,34 +261,28 @@ def parse_args(argv=None):
     if args.dev and args.dev[0].partition("=")[0] != source:
         parser.error(f"--dev: expected pairs in the source language {source}, found {args.dev[0]}")
     if args.reg and not args.parallel:
-        parser.error("--reg: expected parallel text; name it with --parallel LANG=FILE …")
+        parser.error("--reg: expected --parallel LANG=FILE …, found none")
     if args.resume and not args.out:
-        parser.error("--resume: expected --out FOLDER, the run to go on with")
+        parser.error("--resume: expected --out FOLDER, found none")
     if set(args.freeze) == set(PARTS):
-        parser.error("--freeze: expected a part that learns, found all four frozen")
+        parser.error("--freeze: expected a part that learns, found none")
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, code = parse_args(argv), 2  # 2: a user's mistake
     try:
-        train(args)
+        return train(args)
     except (ValueError, OSError) as error:
-        fail(error)
+        message = error
     except torch.OutOfMemoryError:
-        fail("the device's memory is full. A step that was finished is saved: go on with --out, "
-             "--resume and --recompute, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; or "
-             "start anew with a smaller --batch-size, --reg-batch or a trimmed vocabulary "
-             "(python model.py convert --trim)")
+        message = ("the device's memory is full: go on from the last step with --out, --resume and "
+                   "--recompute, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; or start "
+                   "anew with a smaller --batch-size, --reg-batch, or model.py convert --trim")
     except KeyboardInterrupt:
-        fail("stopped; the same command with --out and --resume goes on from the last measurement",
-             code=130)
-
-
-def fail(message, code=2):
-    """End the process with the message and exit code; 2 is a user's mistake."""
+        message, code = "stopped; go on from the last measurement with --out and --resume", 130
     print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(code) from None
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

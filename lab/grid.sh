@@ -57,13 +57,26 @@ python - <<'END'
 import json
 from pathlib import Path
 
+import eval as scoring
+
+
+def read(folder):
+    """Return {"scores": …, "xlrs": …, "outputs": …} of a run, the outputs that a report shows."""
+    outputs = {}
+    for line in (folder / "outputs.jsonl").read_text("utf-8").splitlines():
+        row = json.loads(line)
+        outputs.setdefault(row["language"], []).append(row["output"])
+    shown = {lang: texts[:scoring.SHOWN] for lang, texts in outputs.items()}
+    return {**scoring.read_json(folder / "scores.json"), "outputs": shown}
+
+
 for task in ("title", "summary", "completion"):
-    usual = json.loads(Path(f"runs/usual/{task}/scores.json").read_text())
     upper = {"scores": {}, "outputs": {}, "xlrs": {}}
-    for path in sorted(Path("runs/grid").glob(f"{task}-upper-*/scores.json")):
-        scores = json.loads(path.read_text())
-        upper["scores"] |= scores["scores"]
-        upper["outputs"] |= scores["outputs"]
-    content = json.dumps({"usual way": usual, "upper bound": upper}, indent=1, ensure_ascii=False)
-    Path(f"lab/results/{task}.json").write_text(content + "\n")
+    for path in sorted(Path("runs/grid").glob(f"{task}-upper-*/")):
+        found = read(path)
+        upper["scores"] |= found["scores"]
+        upper["outputs"] |= found["outputs"]
+    content = {"usual way": read(Path("runs/usual") / task), "upper bound": upper}
+    Path(f"lab/results/{task}.json").write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 END
