@@ -112,8 +112,8 @@ def files_by_language(words):
     for word in words:
         language, equals, path = word.partition("=")
         if not language or (equals and not path) or language in paths:
-            raise ValueError("expected each language once, as LANG or LANG=FILE, found "
-                             f"{' '.join(words)}")
+            found = " ".join(words)
+            raise ValueError(f"expected each language once, as LANG or LANG=FILE, found {found}")
         paths[language] = path or None
     return paths
 
@@ -154,8 +154,8 @@ def parallel_texts(args):
     paths = files_by_language(args.parallel)
     source = languages(args)[0]
     if source not in paths or len(paths) < 2 or len(set(map(bool, paths.values()))) > 1:
-        raise ValueError(f"--parallel: expected the source language {source} and others, all of "
-                         f"the toy world or all LANG=FILE, found {' '.join(args.parallel)}")
+        raise ValueError(f"--parallel: expected the source {source} and others, all of the toy "
+                         f"world or all LANG=FILE, found {' '.join(args.parallel)}")
     paths = {source: paths.pop(source), **paths}
     if paths[source] is None:
         drawn = stories("parallel", 300 + args.eval_size)
@@ -191,8 +191,7 @@ def read_pairs(path, fields=("source", "target")):
         for field, text in zip(fields, pair):
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{path}:{line}: expected text as {field!r}, found {text!r} among "
-                                 f"the fields {', '.join(map(str, row))}; mend or remove this "
-                                 "line, or name the right fields with --fields")
+                                 f"{', '.join(row)}; mend or remove the line, or see --fields")
         pairs.append(pair)
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found none")
@@ -205,33 +204,30 @@ def json_rows(path):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}")
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):
+            found = repr(line[:40])
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {found}") from None
         yield number, row
 
 
 def table_rows(path):
     """Yield (line number, {column: text}) of a table with a header; line breaks may be quoted."""
     csv.field_size_limit(sys.maxsize)  # a text may be as long as the file
-    lines = (line + "\n" for line in each_line(path))
     separator = "\t" if path.endswith(".tsv") else ","
+    lines = (line + "\n" for line in each_line(path))
     reader = csv.DictReader(lines, delimiter=separator, strict=True)
     try:
         for row in reader:
+            texts = list(map(str, row.values()))
             if None in row:  # what is beyond the header's last column
                 raise csv.Error(f"more than the header's {len(reader.fieldnames)} columns")
-            if separator == "\t" and any("\t" in text and "\n" in text for text in row.values()
-                                         if text):
-                raise csv.Error("a quote that opens a field and closes rows later; is it a "
-                                "literal one?")
+            if separator == "\t" and any("\t" in text and "\n" in text for text in texts):
+                raise csv.Error("a literal quote, it seems: it opens a field and closes rows later")
             yield reader.line_num, row
     except csv.Error as error:
-        found = "a carriage return inside a row" if "new-line" in str(error) else error
         raise ValueError(f"{path}:{reader.reader.line_num}: expected a row of the table, found "
-                         f"{found}; put a text with quotes, line breaks or the separator in it "
+                         f"{error}; put a text with quotes, line breaks or the separator in it "
                          "between quotes and double its own quotes") from None
 
 
@@ -281,7 +277,7 @@ def write_file(path, content):
     except (OSError, RuntimeError) as error:  # torch.save puts a RuntimeError over the disk's
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error.__context__ or error}); what stood "
-                      "there before still does; make room, or write elsewhere") from None
+                      "there still does; make room, or write elsewhere") from None
 
 
 class Tokenizer:
@@ -300,8 +296,8 @@ class Tokenizer:
             raise ValueError("expected a SentencePiece model, found other bytes") from None
         found = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
         if found != (PAD, EOS, UNK):
-            raise ValueError("expected a SentencePiece model whose padding, end and unknown have "
-                             f"mT5's ids {PAD}, {EOS}, {UNK}, found {found}: of another model")
+            raise ValueError(f"expected mT5's ids of padding, end and unknown, {(PAD, EOS, UNK)}, "
+                             f"found {found}: a SentencePiece model, but another one")
         # mT5 spells them with SentencePiece's space sign in front, our toy vocabulary without.
         ids = (max(self.pieces.piece_to_id(f"{space}<extra_id_{i}>") for space in ("▁", ""))
                for i in range(100))
@@ -463,6 +459,6 @@ def toy_pair(story, language, task):
     """
     told = tell(story, language)
     if task not in TASKS:
-        raise ValueError(f"the toy world's tasks are {', '.join(TASKS)}: name one with --task, or "
-                         f"write {language}=FILE, as for the other texts")
+        raise ValueError(f"{language}: expected {language}=FILE, as for the other texts, or "
+                         f"--task, one of {' '.join(TASKS)}")
     return " ".join(told["story"]), random.Random(f"{task} {story}").choice(told[task])

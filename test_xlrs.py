@@ -392,7 +392,7 @@ def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_p
     ("a.csv", b"", ["a.csv", "at least one pair"]),
     ("a.csv", b"source,target\na,\xff\n", ["a.csv:2", "UTF-8", "0xff"]),
     ("a.csv", b"source,target\na,b\na,b,c\n", ["a.csv:3", "2 columns"]),
-    ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "carriage return"]),
+    ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "new-line"]),
     ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double its own quotes"]),
     ("a.tsv", b'source\ttarget\none\t"eins\ntwo\tzwei\nthree\tdrei"\n', ["a.tsv:4", "literal"]),
     ("a.txt", b"x\n", ["a.txt", ".jsonl"])])
