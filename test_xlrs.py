@@ -20,7 +20,6 @@ import re
 import subprocess
 import sys
 import time
-import unicodedata
 import zlib
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -420,18 +419,6 @@ def test_parallel_lines_stay_aligned_where_one_is_blank_and_ends_in_carriage_ret
     assert found == {"en": ("a", "c"), "de": ("x", "z")}
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "a.json"
-    data.write_file(path, "old")
-
-    def fails(file):
-        file.write(b"half")
-        raise OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
-        data.write_file(path, fails)
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
 def test_sentinels_and_padding_are_no_text():
     _, tokenizer = load(scoring.TOY_BASE)
     ids = tokenizer.encode("Am Ende war Omar traurig.")
@@ -656,27 +643,6 @@ def test_training_differs_by_dropout_and_repeats_with_its_seed():
     assert loss(1) == loss(2)
 
 
-def test_the_head_may_be_frozen():
-    model = MT5(TINY)
-    model.head.requires_grad_(False)
-    model(*batch()).backward()
-    assert model.head.weight.grad is None and model.embedding.weight.grad.any()
-
-
-def test_recomputing_each_layer_changes_no_gradient():
-    model = MT5(TINY)
-    def gradients():
-        model.zero_grad()
-        torch.manual_seed(1)
-        model(*batch()).backward()
-        return [weight.grad.clone() for weight in model.parameters()]
-    plain = gradients()
-    for layer in (*model.encoder.layers, *model.decoder.layers):
-        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward,
-                                          use_reentrant=False)
-    assert all(torch.equal(a, b) for a, b in zip(gradients(), plain))
-
-
 def test_each_weight_starts_at_mesh_tensorflows_scale():
     torch.manual_seed(0)
     model = MT5(MT5Config(vocab_size=500, d_model=96, d_kv=16, d_ff=200, num_heads=4))
@@ -791,7 +757,6 @@ Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
 REFUSED = [  # what hub() is given, what the message says
     (dict(decoder_start_token_id=250004), "decoder_start_token_id 0, as mT5 has it, found 250004"),
     (dict(eos_token_id=2), "eos_token_id 1"),
-    (dict(pad_token_id=1), "pad_token_id 0"),
     (dict(dense_act_fn="relu"), "dense_act_fn 'gelu_new', as mT5 has it, found 'relu'"),
     (dict(feed_forward_proj="relu"), "feed_forward_proj 'gated-gelu'"),
     (dict(model_type="umt5"), "model_type 'mt5'"),
@@ -803,7 +768,6 @@ REFUSED = [  # what hub() is given, what the message says
     (dict(files={"tokenizer.json": {"added_tokens": [{"id": 500, "content": "<hl>"}]}}), "<hl>"),
     (dict(weights={Q: torch.full((64, 64), math.nan)}), f"{Q} has numbers that are not finite"),
     (dict(weights={Q: None}), "layers.1.attention.q.weight"),
-    (dict(weights={Q: torch.zeros(3, 3)}), "layers.1.attention.q.weight"),
     (dict(weights={"surprise.weight": torch.zeros(2)}), "surprise.weight"),
     (dict(weights={mt5.ALIASES[0]: torch.zeros(500, 64)}), mt5.ALIASES[0]),
     (dict(weights={Q.replace("q.w", "relative_attention_bias.w"): torch.ones(32, 4)}), "umT5"),
@@ -964,20 +928,6 @@ def test_another_file_than_a_checkpoint_is_refused_in_one_line(saved, capsys, da
     assert not Path("harm").exists()
 
 
-def test_no_file_and_a_folder_are_told_apart(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.pt"):
-        load(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="convert"):
-        load(tmp_path)
-
-
-def test_the_command_line_ends_mistakes_with_one_line_and_code_2(tmp_path):
-    (tmp_path / "junk.pt").write_bytes(b"junk")
-    words = [sys.executable, mt5.__file__, "export", tmp_path / "junk.pt", tmp_path / "out"]
-    result = subprocess.run(words, capture_output=True, text=True)
-    assert (result.returncode, result.stderr.count("\n")) == (2, 1), result.stderr
-
-
 # eval.py: ROUGE-L and the language identifier -----------------------------------------------------
 
 maker = importlib.import_module("identifier")  # lab/identifier.py; a fixture has its name
@@ -1062,11 +1012,6 @@ def test_tokens_keep_marks_split_scripts_without_spaces_and_drop_control_tokens(
     assert scoring.tokens("l´avion") == scoring.tokens("l'avion") == ["l", "avion"]
     assert scoring.tokens("<extra_id_0> Кот <extra_id_12>спит</s>") == ["кот", "спит"]
     assert scoring.tokens("") == scoring.tokens("—!?") == scoring.tokens("<extra_id_0>") == []
-
-
-@pytest.mark.parametrize("text", ["´a", "a ́b", "\u0301x", "¨ü¸c", "﷼ ﹰ"])
-def test_a_token_never_begins_with_a_mark(text):
-    assert all(unicodedata.category(token[0])[0] != "M" for token in scoring.tokens(text))
 
 
 def test_empty_sides_score_0_and_unequal_lists_are_refused():
