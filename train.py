@@ -48,7 +48,7 @@ def train(args):
     model, tokenizer = load(args.init)
     learner, trainable = prepare(model, args, device, processes)
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
-                                  fused=device.type == "cuda")
+                                  fused=True)  # all of a weight's update in one pass
     folder = claim_folder(args, rank)
     start = resume(folder, model, optimizer, rank, args.steps) if args.resume else 0
     batches = data.batches(texts.train, tokenizer, args, start)
