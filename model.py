@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import json
 import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import EOS, IGNORE, PAD, UNK, Tokenizer, each_line, write_file
+from data import EOS, IGNORE, PAD, Tokenizer, each_line, json_rows, write_file
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
 # The scores of a thousand target tokens over mT5's vocabulary take 1 GB, their gradient as much
@@ -50,14 +49,12 @@ class MT5Config:
     layer_norm_epsilon: float = 1e-6
 
 
-SIZES = {name: MT5Config(d_model=width, d_ff=inner, num_layers=layers, num_decoder_layers=layers,
-                         num_heads=heads)
-         for name, width, inner, layers, heads in [
-             ("small", 512, 1024, 8, 6),  # 300 million parameters, 85 % embedding and head
-             ("base", 768, 2048, 12, 12),  # 582 million
-             ("large", 1024, 2816, 24, 16),  # 1.2 billion
-             ("xl", 2048, 5120, 24, 32),  # 3.7 billion
-             ("xxl", 4096, 10240, 24, 64)]}  # 12.9 billion
+SIZES = {  # the first seven of the above, to num_heads
+    "small": MT5Config(250112, 512, 64, 1024, 8, 8, 6),  # 300 million, 85 % embedding and head
+    "base": MT5Config(250112, 768, 64, 2048, 12, 12, 12),  # 582 million parameters
+    "large": MT5Config(250112, 1024, 64, 2816, 24, 24, 16),  # 1.2 billion
+    "xl": MT5Config(250112, 2048, 64, 5120, 24, 24, 32),  # 3.7 billion
+    "xxl": MT5Config(250112, 4096, 64, 10240, 24, 24, 64)}  # 12.9 billion
 
 
 class MT5(nn.Module):
@@ -128,8 +125,8 @@ class MT5(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.head:
                 nn.init.normal_(module.weight, std=std[name.rpartition(".")[2]])
-        with torch.no_grad():  # ours: as if it were tied to the embedding, and lets them part
-            self.head.weight.copy_(self.embedding.weight * c.d_model ** -0.5)
+        # Ours: the head begins as if it were tied to the embedding, and may part from it.
+        self.head.weight = nn.Parameter(self.embedding.weight.detach() * c.d_model ** -0.5)
 
 
 class Encoder(nn.Module):
@@ -359,10 +356,10 @@ def beam_search(model, source, count, max_new_tokens, W):
     go on; a sentence is done when it has W results and its best beam's mean so far is no better
     than the worst of them. What is cut off at max_new_tokens counts as ended.
     """
-    source_kv, source_bias = source
     device = model.head.weight.device
-    each = torch.arange(count, device=device).repeat_interleave(W)
-    source = rows_of(source_kv, each), source_bias[each]
+    rows = torch.arange(count, device=device)[:, None]  # x[rows, y]: of each sentence's x its y
+    each = rows.flatten().repeat_interleave(W)
+    source = rows_of(source[0], each), source[1][each]
     ids = torch.full((count, W, max_new_tokens + 1), PAD, device=device)
     scores = torch.full((count, W), -math.inf, device=device)
     ended, ended_scores = ids.clone(), scores.clone()
@@ -373,26 +370,21 @@ def beam_search(model, source, count, max_new_tokens, W):
         logp = model.head(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (count, W))
         V = logp.shape[-1]
         best, order = (scores[:, :, None] + logp).flatten(1).topk(2 * W)  # (B, 2W)
-        candidates = pick(ids, order // V)
-        candidates[:, :, t] = order % V
-        ends = (order % V == EOS) | (t == max_new_tokens)
+        parent, token = order // V, order % V
+        candidates = ids[rows, parent]
+        candidates[:, :, t] = token
+        ends = (token == EOS) | (t == max_new_tokens)
 
         results = best.masked_fill(~ends | done[:, None], -math.inf)[:, :W] / t
         ended_scores, keep = torch.cat([ended_scores, results], dim=1).topk(W)
-        ended = pick(torch.cat([ended, candidates[:, :W]], dim=1), keep)
+        ended = torch.cat([ended, candidates[:, :W]], dim=1)[rows, keep]
         scores, keep = best.masked_fill(ends, -math.inf).topk(W)
-        ids = pick(candidates, keep)
+        ids = candidates[rows, keep]
         done |= scores[:, 0] / t <= ended_scores[:, -1]
         if done.all():
             break
-        parent = (order // V).gather(1, keep) + W * torch.arange(count, device=device)[:, None]
-        past = rows_of(past, parent.flatten())
+        past = rows_of(past, (W * rows + parent[rows, keep]).flatten())
     return ended[:, 0, 1:t + 1]
-
-
-def pick(sequences, order):
-    """Return sequences (B, W, T) in the order (B, M) given for each sentence, (B, M, T)."""
-    return sequences.gather(1, order[:, :, None].expand(-1, -1, sequences.shape[-1]))
 
 
 # Checkpoints: one file with everything that a model needs.
@@ -432,8 +424,7 @@ def read_checkpoint(path):
 
     Raises FileNotFoundError, and ValueError for anything but a checkpoint of this format.
     """
-    with whole(path, f"a checkpoint in format {FORMAT!r} (a hub folder becomes one by: python "
-                     "model.py convert FOLDER FILE)"):
+    with whole(path, f"a checkpoint {FORMAT!r} (a hub folder becomes one by model.py convert)"):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']!r}")
@@ -442,11 +433,14 @@ def read_checkpoint(path):
 
 @contextlib.contextmanager
 def whole(path, expected):
-    """Turn whatever a broken file raises inside, which can be anything, into one ValueError."""
+    """Turn whatever a broken file raises inside, which can be anything, into one ValueError.
+
+    Where there is no file it stays a FileNotFoundError.
+    """
     try:
         yield
-    except (FileNotFoundError, PermissionError):  # no fault of its content
-        raise
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: expected {expected}, found no file") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(f"{path}: expected {expected}, found a broken or another file "
@@ -455,7 +449,7 @@ def whole(path, expected):
 
 # Conversion from and to the hub's folders: config.json, weights, spiece.model.
 
-# What the settings of a hub folder must have, where they have it; the first is mT5's.
+# What the settings of a hub folder must be, where it has them; the first is what we export.
 EXPECTED = {"model_type": ["mt5", "t5"], "feed_forward_proj": ["gated-gelu"],
             "dense_act_fn": ["gelu_new", "gelu_pytorch_tanh"], "pad_token_id": [PAD],
             "decoder_start_token_id": [PAD], "eos_token_id": [EOS, [EOS]],
@@ -463,28 +457,23 @@ EXPECTED = {"model_type": ["mt5", "t5"], "feed_forward_proj": ["gated-gelu"],
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # never used
-SUBLAYERS = {  # of a block, in order: our name -> (published name, {our name: published name})
-    "attention": ("SelfAttention", {"q": "q", "k": "k", "v": "v", "o": "o"}),
-    "cross": ("EncDecAttention", {"q": "q", "k": "k", "v": "v", "o": "o"}),
-    "feed_forward": ("DenseReluDense", {"gate": "wi_0", "up": "wi_1", "down": "wo"}),
-}
+PUBLISHED = {  # the published name of each part of a tensor's name; other parts are the same
+    "embedding": "shared", "head": "lm_head", "layers": "block", "norm": "final_layer_norm",
+    "positions": "block.0.layer.0.SelfAttention.relative_attention_bias",
+    "attention": "layer.0.SelfAttention", "attention_norm": "layer.0.layer_norm",
+    "cross": "layer.1.EncDecAttention", "cross_norm": "layer.1.layer_norm",
+    "feed_forward": "layer.2.DenseReluDense", "feed_forward_norm": "layer.2.layer_norm",
+    "gate": "wi_0", "up": "wi_1", "down": "wo"}
 
 
 def published_names(config):
     """Return {our name: published name} of all tensors of a model."""
-    names = {"embedding.weight": "shared.weight", "head.weight": "lm_head.weight"}
-    for stack, blocks in (("encoder", config.num_layers), ("decoder", config.num_decoder_layers)):
-        names[f"{stack}.positions.weight"] = (
-            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight")
-        names[f"{stack}.norm.weight"] = f"{stack}.final_layer_norm.weight"
-        sublayers = [name for name in SUBLAYERS if stack == "decoder" or name != "cross"]
-        for block in range(blocks):
-            for number, ours in enumerate(sublayers):
-                layer, (theirs, parts) = f"{stack}.block.{block}.layer.{number}", SUBLAYERS[ours]
-                names[f"{stack}.layers.{block}.{ours}_norm.weight"] = f"{layer}.layer_norm.weight"
-                for part, published in parts.items():
-                    names[f"{stack}.layers.{block}.{ours}.{part}.weight"] = (
-                        f"{layer}.{theirs}.{published}.weight")
+    with torch.device("meta"):  # names only
+        names = dict.fromkeys(MT5(config).state_dict())
+    for ours in names:
+        names[ours] = ".".join(PUBLISHED.get(part, part) for part in ours.split("."))
+        if ours.startswith("encoder"):  # no cross-attention: its feed-forward comes one earlier
+            names[ours] = names[ours].replace("layer.2", "layer.1")
     return names
 
 
@@ -497,18 +486,15 @@ def convert(source, target, trim=()):
     folder = Path(source)
     settings, tokenizer = read_settings(folder), read_tokenizer(folder)
     published = read_weights(folder)
-    if settings.get("tie_word_embeddings") and "lm_head.weight" not in published:
-        published["lm_head.weight"] = published["shared.weight"]
-        print("tie_word_embeddings: without lm_head.weight, shared.weight becomes the head")
     with whole(folder, "the weights of an mT5, not of T5 1.0 or umT5"):
+        if settings.get("tie_word_embeddings"):
+            published.setdefault("lm_head.weight", published["shared.weight"])
         config = infer_config(settings, published)
         model = build(config, our_weights(published, config))
-    if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"{folder}/spiece.model: expected at most {config.vocab_size} pieces, as "
-                         f"many as rows of the embedding, found {len(tokenizer)}")
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(f"room for at most {config.vocab_size} pieces, not {len(tokenizer)}")
     if trim:
         kept = tokenizer.needed(each_text(trim))
-        print(f"trimmed: {len(kept):,} of {len(tokenizer):,} pieces are kept")
         tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
         for layer in (model.embedding, model.head):
             layer.weight = nn.Parameter(layer.weight[kept])
@@ -527,28 +513,29 @@ def read_settings(folder):
     return read_json(folder / "config.json")
 
 
+def read_json(path):
+    """Return the dict in a JSON file."""
+    with whole(path, "a JSON object"):
+        return dict(json.loads(path.read_bytes()))
+
+
 def read_tokenizer(folder):
     """Return the Tokenizer of a hub folder; raises ValueError where other files add tokens."""
     path = folder / "spiece.model"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected the SentencePiece model (tokenizer.json cannot "
-                                "replace it), found none; copy it from the model that this one was "
-                                "tuned from: all of google/mt5-* have the same")
-    with whole(path, "a SentencePiece model with mT5's ids"):
+    with whole(path, "mT5's pieces (copy it from the model that this one was tuned from)"):
         tokenizer = Tokenizer(path.read_bytes())
-    listed = set()
+    known = {tokenizer.pieces.id_to_piece(i) for i in range(len(tokenizer))}
+    known |= {f"<extra_id_{i}>" for i in range(100)}  # mT5's pieces begin with a space
     for path in folder.glob("*token*.json"):
         content = read_json(path)
-        with whole(path, "tokens as transformers lists them"):
-            listed |= {token["content"] for token in (
-                *content.get("added_tokens", []),  # of tokenizer.json
-                *content.get("added_tokens_decoder", {}).values())}  # of tokenizer_config.json
-            listed |= set(content) if path.name == "added_tokens.json" else set()
-    added = [token for token in sorted(listed) if tokenizer.pieces.piece_to_id(token) == UNK
-             and not re.fullmatch(r"<unk>|<extra_id_\d\d?>", token)]
-    if added:
-        raise ValueError(f"{folder}: expected no tokens beyond those of spiece.model, found "
-                         f"{' '.join(added)[:80]}: added tokens are not supported")
+        # In tokenizer.json, in tokenizer_config.json; added_tokens.json has nothing else.
+        tokens = content.get("added_tokens") or content.get("added_tokens_decoder", {}).values()
+        listed = {token["content"] for token in tokens}
+        if path.name == "added_tokens.json":
+            listed = set(content)
+        if added := sorted(listed - known):
+            raise ValueError(f"{path}: expected no tokens beyond those of spiece.model, found "
+                             f"{' '.join(added)[:80]}: added tokens are not supported")
     return tokenizer
 
 
@@ -556,8 +543,7 @@ def read_weights(folder):
     """Return {published name: tensor} from a hub folder's weights, whole or in shards."""
     paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not paths:
-        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin, "
-                                "whole or in shards, found none")
+        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin")
     weights = {}
     for path in paths:
         with whole(path, "weights of a model"):
@@ -590,15 +576,14 @@ def infer_config(settings, published):
     buckets, heads = published[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
     inner = len(published[f"{first}.0.SelfAttention.q.weight"])
     d_ff = len(published[f"{first}.1.DenseReluDense.wi_0.weight"])
-    depth = [len({name.split(".")[2] for name in published if name.startswith(blocks)})
-             for blocks in ("encoder.block.", "decoder.block.")]
-    config = MT5Config(vocab_size, d_model, inner // heads, d_ff, *depth, heads, buckets)
+    stacks = [name.split(".")[0] for name in published if name.endswith(".0.layer_norm.weight")]
+    config = MT5Config(vocab_size, d_model, inner // heads, d_ff, stacks.count("encoder"),
+                       stacks.count("decoder"), heads, buckets)
     for name in ("relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon"):
         setattr(config, name, settings.get(name, getattr(config, name)))
-    differ = [f"{name} {settings[name]} (weights: {value})" for name, value in vars(config).items()
-              if settings.get(name, value) not in (value, None)]
-    if differ:
-        print(f"config.json contradicts the weights, which count: {', '.join(differ)}")
+    for name, value in asdict(config).items():
+        if settings.get(name, value) != value:
+            print(f"ignored, contradicts the weights: {name} {settings[name]} (weights: {value})")
     return config
 
 
@@ -608,7 +593,7 @@ def our_weights(published, config):
     weights = {}
     for name, tensor in published.items():
         if name == STRAY or name in ALIASES and tensor.equal(published["shared.weight"]):
-            print(f"ignored: {name}, {'never used' if name == STRAY else 'same as shared.weight'}")
+            print(f"ignored: {name}, never used or a copy of shared.weight")
         elif not tensor.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite")
         else:
@@ -616,19 +601,14 @@ def our_weights(published, config):
     return weights
 
 
-def read_json(path):
-    """Return the dict in a JSON file."""
-    with whole(path, "a JSON object"):
-        return dict(json.loads(path.read_bytes()))
-
-
 def each_text(paths):
     """Yield the lines of text files; of .jsonl files the strings in each line."""
-    for path in map(Path, paths):
-        for number, line in enumerate(each_line(path), start=1):
-            with whole(f"{path}:{number}", "a JSON object"):
-                parts = json.loads(line).values() if path.suffix == ".jsonl" and line else [line]
-            yield from (text for text in parts if isinstance(text, str))
+    for path in map(str, paths):
+        if path.endswith(".jsonl"):
+            for _, row in json_rows(path):
+                yield from (value for value in row.values() if isinstance(value, str))
+        else:
+            yield from each_line(path)
 
 
 def export(checkpoint, folder):
@@ -636,19 +616,16 @@ def export(checkpoint, folder):
     model, tokenizer = load(checkpoint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "config.json", json.dumps({
-        "architectures": ["MT5ForConditionalGeneration"], "model_type": "mt5",
-        **asdict(model.config), "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
-        "is_encoder_decoder": True, "tokenizer_class": "T5Tokenizer", "pad_token_id": PAD,
-        "eos_token_id": EOS, "decoder_start_token_id": PAD}, indent=2))
+    settings = {name: values[0] for name, values in EXPECTED.items()} | asdict(model.config)
+    settings |= {"architectures": ["MT5ForConditionalGeneration"], "tie_word_embeddings": False}
+    write_file(folder / "config.json", json.dumps(settings, indent=2))
     names = published_names(model.config)
     weights = {names[name]: tensor.float() for name, tensor in model.state_dict().items()}
     write_file(folder / "pytorch_model.bin", lambda file: torch.save(weights, file))
     if any(tokenizer.pieces.get_score(i) % 1 for i in range(len(tokenizer))):
         write_file(folder / "spiece.model", tokenizer.model)
-        write_file(folder / "tokenizer_config.json", json.dumps({
-            "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>",
-            "unk_token": "<unk>", "pad_token": "<pad>"}, indent=2))
+        write_file(folder / "tokenizer_config.json",
+                   json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
     else:  # scores of byte pairs are whole numbers, those of a unigram model logarithms
         print("no tokenizer is written: transformers reads every SentencePiece model as a unigram "
               "one, and would cut texts otherwise than this one of byte pairs (BPE)")
