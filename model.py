@@ -357,7 +357,7 @@ def beam_search(model, source, count, max_new_tokens, W):
     than the worst of them. What is cut off at max_new_tokens counts as ended.
     """
     device = model.head.weight.device
-    rows = torch.arange(count, device=device)[:, None]  # x[rows, y]: of each sentence's x its y
+    rows = torch.arange(count, device=device)[:, None]  # x[rows, order]: each sentence's own
     each = rows.flatten().repeat_interleave(W)
     source = rows_of(source[0], each), source[1][each]
     ids = torch.full((count, W, max_new_tokens + 1), PAD, device=device)
@@ -528,7 +528,7 @@ def read_tokenizer(folder):
     known |= {f"<extra_id_{i}>" for i in range(100)}  # mT5's pieces begin with a space
     for path in folder.glob("*token*.json"):
         content = read_json(path)
-        # In tokenizer.json, in tokenizer_config.json; added_tokens.json has nothing else.
+        # tokenizer.json has the one, tokenizer_config.json the other, added_tokens.json neither.
         tokens = content.get("added_tokens") or content.get("added_tokens_decoder", {}).values()
         listed = {token["content"] for token in tokens}
         if path.name == "added_tokens.json":

@@ -10,7 +10,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py sa
 
 import argparse
 import functools
-import importlib
 import io
 import itertools
 import json
@@ -20,7 +19,7 @@ import re
 import subprocess
 import sys
 import time
-import zlib
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -58,6 +57,7 @@ THEIRS = students_files(Path(os.environ["XLRS_IMPL"]).absolute()) if os.environ.
     "XLRS_IMPL") else {}
 
 import claims
+import identifier
 import pretrain
 
 import data
@@ -84,25 +84,26 @@ def whose(pytestconfig):
             print("\nXLRS_IMPL:", *THEIRS.values(), "in place of ours")
 
 
-def ours(name):
-    """Return the path of our file of that name, or of a student's in place of it."""
-    return str(THEIRS.get(name, HERE / name))
-
-
-def script(*words, cwd=HERE):
-    """Return the finished process of `python WORDS…`, as a user starts it."""
+def script(*words):
+    """Return the finished process of `python WORDS…`, as a user starts it in our folder."""
     words = [str(THEIRS.get(word, word)) for word in words]
-    return subprocess.run([sys.executable, *words], cwd=cwd, capture_output=True, text=True,
+    return subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True,
                           timeout=300)
 
 
-def fails_in_one_line(finished, *parts):
-    """Assert that a script stopped as it should for a user's mistake: one line, exit code 2."""
-    assert finished.returncode == 2, finished.stderr
-    assert "Traceback" not in finished.stderr
-    line = finished.stderr.strip().splitlines()[-1]
+def fails_in_one_line(code, stderr, *parts):
+    """Assert that a script stopped as it should for a user's mistake: exit code 2, one line."""
+    assert code == 2 and "Traceback" not in stderr, stderr
+    line = stderr.strip().splitlines()[-1]
     for part in parts:
         assert part in line, line
+
+
+def refuses(capsys, parts, main, *words):
+    """Assert that main(*words) stops the same way in this process, with all parts in its line."""
+    with pytest.raises(SystemExit) as stopped:
+        main(*words)
+    fails_in_one_line(stopped.value.code, capsys.readouterr().err, *parts)
 
 
 def answer(name, value):
@@ -115,7 +116,6 @@ def answer(name, value):
 
 
 # xlrs.py ------------------------------------------------------------------------------------------
-
 
 def test_xlrs_of_two_sentences_is_as_computed_by_hand():
     english = [[[2., 0.], [4., 8.]], [[1., 0.], [9., 9.]]]  # (B, S, D); the last is padding
@@ -141,14 +141,11 @@ def test_pooling_is_the_mean_over_real_tokens():
         f"(2, 0), (4, 6), padding (9, 9): expected the mean (3, 3), found {found}")
 
 
-def test_pooling_does_not_see_what_stands_in_the_padding():
+def test_pooling_does_not_see_what_stands_in_the_padding_and_gives_zeros_without_a_token():
     states, mask = torch.randn(4, 5, 8), torch.arange(5)[None] < torch.tensor([[5], [3], [1], [2]])
     noisy = torch.where(mask[..., None], states, torch.full_like(states, 1e4))
     unchanged = torch.equal(xlrs.pool(states, mask), xlrs.pool(noisy, mask))
     assert unchanged, "what stands in the padding, where mask is False, should change nothing"
-
-
-def test_a_sentence_without_tokens_pools_to_zeros():
     found = xlrs.pool(torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool)).tolist()
     assert found == [[0] * 3], f"expected zeros, not a division by no token, found {found}"
 
@@ -210,16 +207,13 @@ def test_a_step_against_the_regularisers_gradient_lowers_xlrs_and_moves_every_la
         f"XLRS, found it go from {before:.3f} to {after:.3f}; see the term's sign")
 
 
-def test_the_regulariser_has_no_gradient_below_its_floor():
+def test_the_regulariser_has_no_gradient_below_its_floor_and_needs_two_languages():
     pooled = torch.tensor([[[1., 0.]], [[-1., 0.1]]], requires_grad=True)
     xlrs.regulariser(pooled, 0).backward()
     found = pooled.grad.flatten().tolist()
     assert not any(found), f"cosine -0.995, floor 0: expected no gradient, found {found}"
-
-
-def test_the_regulariser_needs_two_languages():
     with pytest.raises(ValueError, match="at least 2, found 1"):
-        xlrs.regulariser(torch.ones(1, 2, 3))
+        xlrs.regulariser(pooled[:1])
 
 
 def test_the_rule_takes_the_lowest_xlrs_or_the_best_development_score():
@@ -227,13 +221,8 @@ def test_the_rule_takes_the_lowest_xlrs_or_the_best_development_score():
             dict(step=3, xlrs=0.1, dev=-0.2)]
     assert xlrs.choose(rows, floor=-1)["step"] == 2  # the earlier of equals
     assert xlrs.choose(rows, by="dev")["step"] == 3
-
-
-def test_xlrs_below_the_floor_is_no_merit_and_the_earliest_such_checkpoint_is_taken():
-    rows = [dict(step=1, xlrs=0.6), dict(step=2, xlrs=0.2), dict(step=3, xlrs=-0.4)]
-    assert xlrs.choose(rows, floor=-1)["step"] == 3
-    assert xlrs.choose(rows, floor=0.3)["step"] == 2
-    assert xlrs.choose(rows[:1], floor=0.3)["step"] == 1
+    assert xlrs.choose(rows, floor=0.5)["step"] == 1, "XLRS below the floor is no merit"
+    assert xlrs.choose(rows, floor=0.2)["step"] == 2
 
 
 @pytest.mark.parametrize("rows, by, message", [
@@ -247,212 +236,13 @@ def test_the_rule_says_what_it_lacks(rows, by, message):
 @pytest.mark.parametrize("x, y, rho", [
     ([1, 2, 3, 4], [10, 20, 30, 40], 1), ([1, 2, 3, 4], [4, 3, 2, 1], -1),
     ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 * 4 / (5 * 24)
-    ([1, 1, 2, 2], [1, 2, 3, 4], 4 / math.sqrt(20))])  # ranks ½ ½ 2½ 2½ and 0 1 2 3
+    ([1, 1, 2, 2], [1, 2, 3, 4], 4 / math.sqrt(20)),  # ranks ½ ½ 2½ 2½ and 0 1 2 3
+    ([1, 1, 1], [1, 2, 3], math.nan), ([1], [2], math.nan)])  # a constant, one point: undefined
 def test_spearman_is_the_correlation_of_ranks_with_ties_averaged(x, y, rho):
-    assert xlrs.spearman(x, y) == pytest.approx(rho)
+    assert xlrs.spearman(x, y) == pytest.approx(rho, nan_ok=True)
 
 
-def test_spearman_is_undefined_for_a_constant_and_for_one_point():
-    assert math.isnan(xlrs.spearman([1, 1, 1], [1, 2, 3]))
-    assert math.isnan(xlrs.spearman([1], [2]))
-
-
-# data.py: the toy world ---------------------------------------------------------------------------
-
-
-def test_every_language_of_the_toy_world_has_the_same_entries_and_patterns():
-    english = data.world("en")
-    for language in data.TOY_LANGUAGES:
-        other = data.world(language)
-        for section in ("hero", *data.CAST):
-            assert len(other[section]) == len(english[section]), (language, section)
-        for section in ("frame", *data.PLOTS):
-            assert list(other[section]) == list(english[section]), (language, section)
-
-
-def test_every_story_can_be_told_in_every_language_without_a_slot_left_over():
-    for story in data.stories("dev", 300, seed=5):
-        for language in data.TOY_LANGUAGES:
-            told = data.tell(story, language)
-            assert len(told["story"]) == 3 and all(len(told[task]) >= 3 for task in data.TASKS)
-            for text in itertools.chain(*told.values()):
-                assert not set("{}|?[]") & set(text) and "  " not in text, text
-                assert text[0].upper() == text[0]
-
-
-def test_a_story_reads_as_it_should_in_german_and_russian():
-    hero = next(i for i, entry in enumerate(data.world("en")["hero"]) if entry[""] == "Anna")
-    story = dict(hero=hero, object=1, helper=0, place=0, day=0, link=1, plot="broken", helped=False,
-                 n=3, opening="opening_1")
-    german, russian = data.tell(story, "de"), data.tell(story, "ru")
-    assert german["title"][0] == "Anna und die kaputte Lampe"
-    assert " ".join(german["story"]) == (
-        "Am Montag war Anna im Park. Plötzlich beschädigte sie die Lampe. "
-        "Ihr Bruder arbeitete 3 Stunden lang, konnte sie aber nicht reparieren.")
-    assert russian["story"][2] == "Брат работал 3 часа, но не смог её починить."
-    assert data.tell(story | {"n": 7}, "ru")["story"][2].startswith("Брат работал 7 часов")
-    assert russian["completion"][0] == "В конце концов Анна заплакала и пошла домой с братом."
-
-
-@pytest.mark.parametrize("task", data.TASKS)
-def test_a_story_draws_one_of_its_right_answers_the_same_in_each_language(task):
-    drawn = []
-    for story in data.stories("dev", 100):
-        places = {data.tell(story, language)[task].index(data.toy_pair(story, language, task)[1])
-                  for language in data.TOY_LANGUAGES}
-        assert len(places) == 1
-        drawn += places
-    assert len(set(drawn)) >= 4 and max(map(drawn.count, drawn)) < 50
-
-
-def test_the_splits_of_the_toy_world_share_no_story_whatever_the_seed():
-    found = {split: {json.dumps(story) for seed in range(3)
-                     for story in data.stories(split, 300, seed)} for split in data.SPLITS}
-    assert sum(map(len, found.values())) == len(set().union(*found.values()))
-    for split, keys in found.items():
-        assert {data.split_of(json.loads(key)) for key in keys} == {split}
-
-
-def test_stories_are_distinct_and_the_same_for_the_same_seed():
-    first = data.stories("train", 500, seed=3)
-    assert first == data.stories("train", 500, seed=3) != data.stories("train", 500, seed=4)
-    assert len({json.dumps(story) for story in first}) == 500
-
-
-# data.py: batches, files, tokenizer ---------------------------------------------------------------
-
-
-def test_a_batch_is_padded_and_its_mask_is_true_at_real_tokens():
-    input_ids, mask, labels = data.collate([([5, 6, 1], [7, 1]), ([8, 1], [9, 9, 1])])
-    assert input_ids.tolist() == [[5, 6, 1], [8, 1, 0]]
-    assert mask.tolist() == [[True] * 3, [True, True, False]]
-    assert labels.tolist() == [[7, 1, -100], [9, 9, 1]]
-
-
-class Letters:
-    """A tokenizer of one id a letter."""
-
-    def encode(self, text, longest=None):
-        return [ord(letter) for letter in text][:longest and longest - 1] + [EOS]
-
-
-def test_an_epoch_sees_each_pair_once_and_batches_can_start_anywhere():
-    pairs = [(chr(100 + i) * (1 + i % 5), "a") for i in range(64)]
-    args = argparse.Namespace(batch_size=4, seed=1, max_source=9, max_target=9)
-    seen = [ids[:, 0].tolist() for ids, _, _ in
-            itertools.islice(data.batches(pairs, Letters(), args), 32)]
-    assert sorted(sum(seen[:16], [])) == sorted(sum(seen[16:], [])) == list(range(100, 164))
-    assert seen[:16] != seen[16:]
-    later = data.batches(pairs, Letters(), args, start=11)
-    assert [ids[:, 0].tolist() for ids, _, _ in itertools.islice(later, 21)] == seen[11:]
-
-
-def test_a_parallel_batch_has_the_same_sentences_in_each_language_and_can_start_anywhere():
-    sides = {"en": [chr(100 + i) for i in range(9)], "de": [chr(200 + i) * 3 for i in range(9)]}
-    args = argparse.Namespace(reg_batch=5, seed=1, max_source=9)
-    (en, en_mask), (de, _) = next(data.parallel_batches(sides, Letters(), args, start=3))
-    assert (en[:, 0] + 100 == de[:, 0]).all() and en.shape == (5, 2) and de.shape == (5, 4)
-    assert en_mask.all()
-    third = list(itertools.islice(data.parallel_batches(sides, Letters(), args), 4))[3]
-    assert torch.equal(third[0][0], en)
-
-
-def test_pairs_are_read_from_every_layout(tmp_path):
-    pairs = [("Größe, \"so\"", "ขนาด"), ("мир", "दुनिया")]
-    jsonl, tsv, csv_ = (tmp_path / name for name in ("a.jsonl", "a.tsv", "a.csv"))
-    jsonl.write_text("".join(json.dumps({"id": 1, "text": s, "summary": t}) + "\n\n"
-                             for s, t in pairs), encoding="utf-8")  # blank lines are skipped
-    tsv.write_text('id\ttext\tsummary\n1\t"Größe, ""so"""\tขนาด\n2\tмир\tदुनिया\n',
-                   encoding="utf-8")
-    csv_.write_bytes('text,summary\r\n"Größe, ""so""",ขนาด\r\nмир,दुनिया\r\n'.encode())
-    for path in (jsonl, tsv, csv_):
-        assert data.read_pairs(path, ("text", "summary")) == pairs, path
-    sides = [tmp_path / "a.src", tmp_path / "a.tgt"]
-    for side, lines in zip(sides, zip(*pairs)):
-        side.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
-    assert data.read_pairs(f"{sides[0]},{sides[1]}") == pairs
-
-
-def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_path):
-    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
-        path = tmp_path / name
-        path.write_text(f'source{separator}target\n"one\ntwo"{separator}{"x" * 200_000}\n')
-        assert data.read_pairs(path) == [("one\ntwo", "x" * 200_000)]
-
-
-@pytest.mark.parametrize("name, content, parts", [
-    ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"\n', ["a.jsonl:2", "JSON"]),
-    ("a.jsonl", b'{"source": "a", "target": null}\n', ["a.jsonl:1", "'target'", "None"]),
-    ("a.jsonl", b'{"text": "a", "target": "b"}\n', ["a.jsonl:1", "text, target", "--fields"]),
-    ("a.jsonl", b'[1]\n', ["a.jsonl:1", "JSON object", "[1]"]),
-    ("a.tsv", b"source\ttarget\na\t\n", ["a.tsv:2", "'target'", "mend or remove"]),
-    ("a.tsv", b"text\ttarget\na\tb\n", ["a.tsv:2", "'source'", "--fields"]),
-    ("a.csv", b"source,target\n", ["a.csv", "at least one pair"]),
-    ("a.csv", b"", ["a.csv", "at least one pair"]),
-    ("a.csv", b"source,target\na,\xff\n", ["a.csv:2", "UTF-8", "0xff"]),
-    ("a.csv", b"source,target\na,b\na,b,c\n", ["a.csv:3", "2 columns"]),
-    ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "new-line"]),
-    ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double its own quotes"]),
-    ("a.tsv", b'source\ttarget\none\t"eins\ntwo\tzwei\nthree\tdrei"\n', ["a.tsv:4", "literal"]),
-    ("a.txt", b"x\n", ["a.txt", ".jsonl"])])
-def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, name, content, parts):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        data.read_pairs(tmp_path / name)
-    line = str(caught.value)
-    assert "\n" not in line and len(line) < 500
-    for part in parts:
-        assert part in line
-
-
-def test_aligned_files_of_unequal_length_are_named(tmp_path):
-    (tmp_path / "en").write_text("a\nb\n")
-    (tmp_path / "de").write_text("a\n")
-    with pytest.raises(ValueError, match="en has 2.*de has 1"):
-        data.read_parallel({lang: tmp_path / lang for lang in ("en", "de")})
-
-
-def test_parallel_lines_stay_aligned_where_one_is_blank_and_ends_in_carriage_return(tmp_path):
-    (tmp_path / "en").write_bytes(b"a\r\n\r\nc\r\n")
-    (tmp_path / "de").write_bytes(b"x\ny\nz")
-    found = data.read_parallel({lang: tmp_path / lang for lang in ("en", "de")})
-    assert found == {"en": ("a", "c"), "de": ("x", "z")}
-
-
-def test_sentinels_and_padding_are_no_text():
-    _, tokenizer = load(scoring.TOY_BASE)
-    ids = tokenizer.encode("Am Ende war Omar traurig.")
-    assert tokenizer.decode([tokenizer.sentinels[0], *ids, PAD, 9]) == "Am Ende war Omar traurig."
-    assert tokenizer.encode("Am Ende war Omar traurig.", 3) == ids[:2] + [EOS]
-    assert len(tokenizer.sentinels) == 100
-
-
-# select.py beside Python's own select ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("code", [
-    "import torch", "import selectors, subprocess, torch; selectors.DefaultSelector().select(0)",
-    "import select; assert not hasattr(select, 'show'); select.select([], [], [], 0)"])
-def test_python_finds_its_own_select_from_this_folder(code):
-    finished = script("-c", code)
-    assert finished.returncode == 0, finished.stderr
-
-
-def test_many_threads_may_import_select_at_once():
-    code = ("import threading, sys\n"
-            "errors = []\n"
-            "def use():\n"
-            "    try:\n"
-            "        import select; select.select\n"
-            "    except Exception as error: errors.append(error)\n"
-            "threads = [threading.Thread(target=use) for _ in range(8)]\n"
-            "[thread.start() for thread in threads]; [thread.join() for thread in threads]\n"
-            "sys.exit(len(errors))")
-    for _ in range(5):
-        assert script("-c", code).returncode == 0
-
-
-# model.py: parity with transformers, hub folders, checkpoints -------------------------------------
+# model.py: parity with transformers, its parts, its checkpoints -----------------------------------
 
 TEXTS = ["The cat sat on the mat.", "Die Katze saß auf der Matte.", "Кошка сидела на ковре.",
          "Le chat était assis sur le tapis.", "猫はマットの上に座った。", "แมวนั่งบนเสื่อ", ""]
@@ -461,8 +251,6 @@ TINY = MT5Config(vocab_size=500, d_model=64, d_kv=16, d_ff=96, num_layers=3, num
 SHAPES = {"width unlike heads": replace(TINY, d_model=96, d_ff=80, num_decoder_layers=3),
           "unequal depth": TINY, "mT5-small": replace(SIZES["small"], vocab_size=500)}
 
-
-# Parity with transformers -------------------------------------------------------------------------
 
 def spread(config):
     """Return a model whose positions, norms and head are such that outputs depend on them."""
@@ -489,16 +277,16 @@ def pair(request):
     return ours, theirs
 
 
-def batch(vocab_size=400, sentences=5, source=37, target=11, side="right"):
-    """Return ids, mask and labels of ragged lengths."""
+def batch(sentences=5, side="right"):
+    """Return ids (…, 37), mask and labels (…, 11) of ragged lengths."""
     generator = torch.Generator().manual_seed(1)
-    def real(longest):
-        lengths = torch.randint(2, longest + 1, (sentences, 1), generator=generator)
-        lengths[0] = longest
-        return torch.arange(longest)[None] < lengths
-    mask, kept = real(source), real(target)
-    ids = torch.randint(3, vocab_size, mask.shape, generator=generator).masked_fill(~mask, PAD)
-    labels = torch.randint(3, vocab_size, kept.shape, generator=generator)
+    def ragged(width):
+        lengths = torch.randint(2, width + 1, (sentences, 1), generator=generator)
+        lengths[0] = width
+        ids = torch.randint(3, 400, (sentences, width), generator=generator)
+        return ids, torch.arange(width) < lengths
+    (ids, mask), (labels, kept) = ragged(37), ragged(11)
+    ids = ids.masked_fill(~mask, PAD)
     if side == "left":
         ids, mask = ids.flip(1), mask.flip(1)
     return ids, mask, labels.masked_fill(~kept, IGNORE)
@@ -514,26 +302,21 @@ def relative(a, b):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_logits_and_loss_equal_those_of_transformers(pair, side):
+def test_logits_loss_and_gradients_equal_those_of_transformers(pair, side):
     ours, theirs = pair
     ids, mask, labels = batch(side=side)
-    real = labels != IGNORE
+    real, expected = labels != IGNORE, theirs(**inputs(ids, mask, labels))
     with torch.no_grad():
-        expected = theirs(**inputs(ids, mask, labels))
         assert relative(ours.logits(ids, mask, labels)[real], expected.logits[real]) < 2e-5
         states = expected.encoder_last_hidden_state
         assert relative(ours.encode(ids, mask)[mask], states[mask]) < 2e-5
         assert ours(ids, mask, labels).item() == pytest.approx(expected.loss.item(), rel=2e-6)
-
-
-def test_gradients_equal_those_of_transformers(pair):
-    ours, theirs = pair
-    (ours(*batch()) * 2).backward()  # a factor, as the regulariser's λ might be one
-    (theirs(**inputs(*batch())).loss * 2).backward()
+    (ours(ids, mask, labels) * 2).backward()  # a factor, as the regulariser's λ might be one
+    (expected.loss * 2).backward()
     for name, published in mt5.published_names(ours.config).items():
-        found, expected = ours.get_parameter(name), theirs.get_parameter(published)
-        assert relative(found.grad, expected.grad) < 2e-5, name
-        found.grad = expected.grad = None
+        one, other = ours.get_parameter(name), theirs.get_parameter(published)
+        assert relative(one.grad, other.grad) < 2e-5, name
+        one.grad = other.grad = None
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -584,37 +367,25 @@ def test_bf16_is_as_close_to_float32_as_in_transformers(pair):
     assert loss != loss.bfloat16(), "a loss without gradient should not be rounded"
 
 
-# The model's parts --------------------------------------------------------------------------------
+THEIR_BUCKET = transformers.models.mt5.modeling_mt5.MT5Attention._relative_position_bucket
 
-def agree_on_buckets(distances, expected, both_ways):
-    """Assert that bucket() gives the expected list for a list of distances."""
+
+@pytest.mark.parametrize("both_ways, distances, expected", [
+    # By hand. Both ways: 16 a side, 8 exact, then 8 + floor(8 · ln(d / 8) / ln(128 / 8)).
+    (True, [0, -1, -7, -8, -11, -12, -31, -32, -63, -64, -127, -128, 1, 7, 16, 64, 91],
+     [0, 1, 7, 8, 8, 9, 11, 12, 13, 14, 15, 15, 17, 23, 26, 30, 31]),
+    (False, [5, 1, 0, -1, -15, -16, -18, -19, -31, -32, -113, -999],  # all 32 behind: 16 exact
+     [0, 0, 0, 1, 15, 16, 16, 17, 21, 21, 31, 31]),
+    *((both_ways, list(range(-600, 601)),
+       THEIR_BUCKET(torch.arange(-600, 601), both_ways, 32, 128).tolist())
+      for both_ways in (True, False))], ids=["hand", "hand, back", "theirs", "theirs, back"])
+def test_buckets_equal_a_table_made_by_hand_and_those_of_transformers(
+        both_ways, distances, expected):
     found = mt5.bucket(torch.tensor(distances), both_ways).tolist()
     differ = [f"distance {distance}: expected {right}, found {wrong}"
               for distance, right, wrong in zip(distances, expected, found) if right != wrong]
     ways = "both ways" if both_ways else "back only"
     assert not differ, f"looking {ways}, {len(differ)} differ: {'; '.join(differ[:8])}"
-    assert len(found) == len(expected)
-
-
-def test_buckets_equal_a_table_made_by_hand():
-    """32 buckets both ways: 16 a side, 8 exact, then 8 + floor(8 · ln(d / 8) / ln(128 / 8))."""
-    both_ways = functools.partial(agree_on_buckets, both_ways=True)
-    both_ways([0, -1, -2, -7, 1, 2, 7], [0, 1, 2, 7, 17, 18, 23])
-    both_ways([-8, -11, -12, -15, -16, -22, -23], [8, 8, 9, 9, 10, 10, 11])
-    both_ways([-31, -32, -63, -64, -90, -91, -127, -128, -999],
-              [11, 12, 13, 14, 14, 15, 15, 15, 15])
-    both_ways([16, 64, 91, 999], [26, 30, 31, 31])
-    back_only = functools.partial(agree_on_buckets, both_ways=False)  # all 32 behind: 16 exact
-    back_only([5, 1, 0, -1, -15], [0, 0, 0, 1, 15])
-    back_only([-16, -18, -19, -31, -32, -113, -128, -999], [16, 16, 17, 21, 21, 31, 31, 31])
-
-
-def test_buckets_equal_those_of_transformers_at_every_distance():
-    attention = transformers.models.mt5.modeling_mt5.MT5Attention
-    distances = torch.arange(-600, 601)
-    for both_ways in (True, False):
-        expected = attention._relative_position_bucket(distances, both_ways, 32, 128)
-        agree_on_buckets(distances.tolist(), expected.tolist(), both_ways)
 
 
 @pytest.mark.parametrize("low, tolerance", [(False, 1e-5), (True, 0.02)])
@@ -634,13 +405,11 @@ def test_the_loss_in_parts_has_the_gradient_of_the_plain_one(low, tolerance):
 
 
 def test_training_differs_by_dropout_and_repeats_with_its_seed():
-    model = MT5(TINY)
-    def loss(seed):
+    model, losses = MT5(TINY), []
+    for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        return model(*batch()).item()
-    assert loss(1) == loss(1) != loss(2)
-    model.eval()
-    assert loss(1) == loss(2)
+        losses.append(model(*batch()).item())
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_each_weight_starts_at_mesh_tensorflows_scale():
@@ -664,8 +433,6 @@ def test_the_sizes_have_the_published_numbers_of_parameters():
             assert sum(p.numel() for p in MT5(SIZES[name]).parameters()) == count
 
 
-# Hub folders --------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def pieces():
     """The bytes of a small SentencePiece model with mT5's settings."""
@@ -678,227 +445,26 @@ def pieces():
     return out.getvalue()
 
 
-FORMS = ["pytorch_model.bin", "model.safetensors", "pytorch_model-{}-of-2.bin",
-         "model-{}-of-2.safetensors"]
-
-
-@pytest.fixture
-def hub(tmp_path, pieces):
-    """A function that writes a folder like those of the hub and returns it.
-
-    form: the weights' file, {} for the number of a shard; changes to weights, None takes one away;
-    files: {name: JSON value} to write as well; settings of config.json.
-    """
-    ours = spread(TINY).state_dict()
-    published = {theirs: ours[name] for name, theirs in mt5.published_names(TINY).items()}
-
-    def write(form=FORMS[0], weights=(), files=(), missing=None, **settings):
-        folder = tmp_path / "hub"
-        folder.mkdir(exist_ok=True)
-        content = {**published, **dict.fromkeys(mt5.ALIASES, published["shared.weight"]),
-                   **dict(weights)}
-        safe = form.endswith("safetensors")
-        content = {name: tensor for name, tensor in content.items()
-                   if tensor is not None and not (safe and name in mt5.ALIASES)}
-        for shard in range(1 + ("{}" in form)):
-            part = dict(list(content.items())[shard::2]) if "{}" in form else content
-            path = folder / form.format(shard + 1)
-            safetensors.torch.save_file(part, path) if safe else torch.save(part, path)
-        (folder / "spiece.model").write_bytes(pieces)
-        settings = {**asdict(TINY), "model_type": "mt5", "feed_forward_proj": "gated-gelu",
-                    "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
-                    "decoder_start_token_id": 0, **settings}
-        for name, value in {"config.json": settings, **dict(files)}.items():
-            (folder / name).write_text(json.dumps(value))
-        if missing:
-            (folder / missing).unlink()
-        return folder
-    return write
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_hub_folder_converts_to_the_same_weights(hub, tmp_path, pieces, form, capsys):
-    folder = hub(form, {mt5.STRAY: torch.zeros(32, 4)}, model_type="t5", vocab_size=7, num_heads=99)
-    mt5.main(["convert", str(folder), str(tmp_path / "x.pt")])
-    printed = capsys.readouterr().out
-    assert f"ignored: {mt5.STRAY}" in printed
-    assert "contradicts the weights" in printed and "num_heads 99 (weights: 4)" in printed
-    model, tokenizer = load(tmp_path / "x.pt")
-    assert (model.config, tokenizer.model) == (TINY, pieces)
-    expected = spread(TINY).state_dict()
-    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
-
-
-def test_half_precision_and_a_tied_head_convert_to_what_transformers_loads(hub, tmp_path):
-    weights = {"lm_head.weight": None, "shared.weight": torch.randn(500, 64).half()}
-    folder = hub(FORMS[1], weights, tie_word_embeddings=True)
-    convert(folder, tmp_path / "x.pt")
-    ours = load(tmp_path / "x.pt")[0]
-    theirs = transformers.MT5ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32).eval()
-    with torch.no_grad():
-        expected = theirs(**inputs(*batch())).loss.item()
-        assert ours(*batch()).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_the_tokens_of_ordinary_folders_are_none_too_many(hub, tmp_path, pieces):
-    """As google/mt5-* lists them, and as transformers saves them."""
-    folder = hub(files={"tokenizer_config.json": {
-        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "extra_ids": 0}})
-    saved = transformers.AutoTokenizer.from_pretrained(folder)
-    saved.save_pretrained(folder)
-    assert (folder / "tokenizer.json").exists()
-    convert(folder, tmp_path / "x.pt")
-    sentinels = {f"<extra_id_{i}>": 480 + i for i in range(100)}
-    convert(hub(files={"added_tokens.json": sentinels}), tmp_path / "x.pt")
-
-
-Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
-REFUSED = [  # what hub() is given, what the message says
-    (dict(decoder_start_token_id=250004), "decoder_start_token_id 0, as mT5 has it, found 250004"),
-    (dict(eos_token_id=2), "eos_token_id 1"),
-    (dict(dense_act_fn="relu"), "dense_act_fn 'gelu_new', as mT5 has it, found 'relu'"),
-    (dict(feed_forward_proj="relu"), "feed_forward_proj 'gated-gelu'"),
-    (dict(model_type="umt5"), "model_type 'mt5'"),
-    (dict(files={"generation_config.json": {"decoder_start_token_id": 7}}), "generation_config"),
-    (dict(files={"generation_config.json": {"forced_bos_token_id": 9}}), "forced_bos_token_id"),
-    (dict(files={"added_tokens.json": {"<hl>": 500, "<extra_id_0>": 501}}), "found <hl>:"),
-    (dict(files={"tokenizer_config.json": {"added_tokens_decoder": {
-        "0": {"content": "<pad>"}, "500": {"content": "<sep>"}}}}), "found <sep>:"),
-    (dict(files={"tokenizer.json": {"added_tokens": [{"id": 500, "content": "<hl>"}]}}), "<hl>"),
-    (dict(weights={Q: torch.full((64, 64), math.nan)}), f"{Q} has numbers that are not finite"),
-    (dict(weights={Q: None}), "layers.1.attention.q.weight"),
-    (dict(weights={"surprise.weight": torch.zeros(2)}), "surprise.weight"),
-    (dict(weights={mt5.ALIASES[0]: torch.zeros(500, 64)}), mt5.ALIASES[0]),
-    (dict(weights={Q.replace("q.w", "relative_attention_bias.w"): torch.ones(32, 4)}), "umT5"),
-    (dict(weights={"encoder.block.0.layer.1.DenseReluDense.wi_0.weight": None}), "T5 1.0"),
-    (dict(weights={"shared.weight": torch.zeros(400, 64), mt5.ALIASES[0]: None, "lm_head.weight":
-                   torch.zeros(400, 64), mt5.ALIASES[1]: None}), "at most 400 pieces"),
-    (dict(dropout_rate="x"), "hub"),
-    (dict(missing="config.json"), "config.json"),
-    (dict(missing="spiece.model"), "copy it from the model that this one was tuned from"),
-    (dict(missing="pytorch_model.bin"), "expected model.safetensors or pytorch_model.bin"),
-    (dict(files={"config.json": [1]}), "config.json: expected a JSON object"),
-]
-
-
-@pytest.mark.parametrize("form, words", REFUSED, ids=[words for _, words in REFUSED])
-def test_what_would_give_other_outputs_is_refused_by_name(hub, tmp_path, form, words, capsys):
-    refuses(capsys, ["convert", hub(**form), tmp_path / "x.pt"], words)
-    assert not (tmp_path / "x.pt").exists()
-
-
-def refuses(capsys, argv, *words):
-    with pytest.raises(SystemExit) as end:
-        mt5.main(list(map(str, argv)))
-    message = capsys.readouterr().err
-    assert end.value.code == 2 and message.count("\n") == 1 and message.startswith("model.py: ")
-    for word in words:
-        assert word in message, message
-
-
-def test_safetensors_are_read_as_their_own_library_wrote_them(tmp_path):
-    tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16(), "c": torch.zeros(0, 3),
-               "d": torch.tensor(2.5), "e": torch.randn(3).half(), "f": torch.randn(2).double()}
-    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
-    found = mt5.read_safetensors(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-               for name, tensor in tensors.items())
-
-
-@pytest.mark.parametrize("count, offsets, more", [  # of 16 bytes; more: in the header's length
-    (4, [0, 20], 0), (5, [0, 20], 0), (4, [-16, 16], 0), (3, [0, 16], 0), (4, [0, 16], 99)])
-def test_damaged_safetensors_are_refused_in_one_line(hub, tmp_path, capsys, count, offsets, more):
-    path = hub(FORMS[1]) / FORMS[1]
-    header = json.dumps({"a": {"dtype": "F32", "shape": [count], "data_offsets": offsets}}).encode()
-    path.write_bytes((len(header) + more).to_bytes(8, "little") + header + bytes(16))
-    refuses(capsys, ["convert", path.parent, tmp_path / "x.pt"], FORMS[1])
-
-
-# Export and trimming ------------------------------------------------------------------------------
-
-def test_an_exported_folder_gives_the_same_logits_and_ids_in_transformers(tmp_path, pieces, capsys):
-    tokenizer, model = Tokenizer(pieces), spread(replace(TINY, dropout_rate=0.2))
-    save(tmp_path / "x.pt", model, tokenizer, step=7)
-    export(tmp_path / "x.pt", tmp_path / "deep" / "folder")
-    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "deep" / "folder").eval()
-    real = batch()[2] != IGNORE
-    with torch.no_grad():
-        expected = theirs(**inputs(*batch())).logits
-        assert relative(model.logits(*batch())[real], expected[real]) < 2e-5
-    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "deep" / "folder")
-    assert len(their_tokenizer) == len(tokenizer), "no sentinels added to those it has"
-    for text in TEXTS[:4]:  # transformers' has no byte fallback: it writes <unk>
-        assert their_tokenizer(text).input_ids == tokenizer.encode(text), text
-    convert(tmp_path / "deep" / "folder", tmp_path / "y.pt")
-    again, _ = load(tmp_path / "y.pt")
-    assert again.config == model.config
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
-
-
-def test_a_vocabulary_of_byte_pairs_is_not_exported(tmp_path, capsys):
-    export(HERE / "toy" / "base.pt", tmp_path / "toy")
-    assert "no tokenizer is written" in capsys.readouterr().out
-    assert {path.name for path in (tmp_path / "toy").iterdir()} == {
-        "config.json", "pytorch_model.bin"}
-
-
-def test_trimming_keeps_segmentation_states_and_scores(hub, tmp_path):
-    (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"id": 3, "text": TEXTS[1]}) + "\n\n")
-    convert(hub(), tmp_path / "full.pt")
-    convert(hub(), tmp_path / "small.pt", trim=[tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
-    (full, tokenizer), (small, trimmed) = load(tmp_path / "full.pt"), load(tmp_path / "small.pt")
-    kept = tokenizer.needed(TEXTS[:2])
-    assert len(trimmed) == len(kept) == small.config.vocab_size < len(tokenizer)
-    for text in TEXTS[:2]:
-        ids, few = tokenizer.encode(text), trimmed.encode(text)
-        assert [kept[i] for i in few] == ids
-        ids, few = torch.tensor([ids]), torch.tensor([few])
-        everywhere = torch.ones_like(ids, dtype=torch.bool)
-        with torch.no_grad():
-            assert relative(small.encode(few, everywhere), full.encode(ids, everywhere)) < 1e-6
-            assert relative(small.logits(few, everywhere, few),
-                            full.logits(ids, everywhere, ids)[:, :, kept]) < 1e-6
-    for text in TEXTS:  # any text can still be written
-        assert trimmed.decode(trimmed.encode(text)) == tokenizer.decode(tokenizer.encode(text))
-
-
-# Checkpoints --------------------------------------------------------------------------------------
-
 @pytest.fixture
 def saved(tmp_path, pieces):
+    """The path of a checkpoint and the model in it."""
     model = MT5(TINY)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(*batch()).backward()
-    optimizer.step()
-    save(tmp_path / "x.pt", model, Tokenizer(pieces), step=3, optimizer=optimizer.state_dict(),
-         args={"lr": 1e-3, "test": ["de", None]})
-    return tmp_path / "x.pt", model, optimizer
+    save(tmp_path / "x.pt", model, Tokenizer(pieces), args={"lr": 1e-3, "test": ["de", None]})
+    return tmp_path / "x.pt", model
 
 
-def test_a_checkpoint_returns_what_was_saved(saved):
-    path, model, optimizer = saved
-    content = read_checkpoint(path)
-    assert (content["step"], content["args"]) == (3, {"lr": 1e-3, "test": ["de", None]})
-    found = content["optimizer"]["state"]
-    assert all(torch.equal(found[i]["exp_avg"], state["exp_avg"])
-               for i, state in optimizer.state_dict()["state"].items())
-    loaded, _ = load(path)
+def test_a_checkpoint_returns_what_was_saved_and_a_loaded_model_learns_without_changing_it(saved):
+    path, model = saved
+    before, (loaded, tokenizer) = path.read_bytes(), load(path)
+    assert read_checkpoint(path)["args"] == {"lr": 1e-3, "test": ["de", None]}
     assert not loaded.training and loaded.config == model.config
     assert all(torch.equal(a, b) and b.requires_grad
                for a, b in zip(model.parameters(), loaded.parameters()))
-
-
-def test_a_loaded_model_learns_without_changing_its_file(saved):
-    path, _, _ = saved
-    before, (model, tokenizer) = path.read_bytes(), load(path)
     with torch.no_grad():
-        model.head.weight.add_(1)
+        loaded.head.weight.add_(1)
     assert path.read_bytes() == before
-    save(path, model, tokenizer)  # onto the file it came from
-    assert torch.equal(load(path)[0].head.weight, model.head.weight)
+    save(path, loaded, tokenizer)  # onto the file it came from
+    assert torch.equal(load(path)[0].head.weight, loaded.head.weight)
 
 
 class Harmful:
@@ -907,30 +473,181 @@ class Harmful:
 
 
 @pytest.mark.parametrize("damage, words", [
-    (lambda content: {"x": Harmful()}, "UnpicklingError"),
-    (lambda content: {"shared.weight": torch.zeros(2)}, "convert"),
-    (lambda content: {**content, "format": "xlrs-mt5 99"}, "'xlrs-mt5 99'"),
-    (lambda content: {k: v for k, v in content.items() if k != "tokenizer"}, "tokenizer"),
-    (lambda content: {**content, "config": {**content["config"], "depth": 3}}, "depth"),
-    (lambda content: {**content, "config": {**content["config"], "d_ff": 3}}, "gate.weight"),
-    (lambda content: b"", ""),
-    (lambda content: b"junk", ""),
-    (lambda content: None, ""),  # half of the file
-])
+    ({"x": Harmful()}, "UnpicklingError"), ({"format": "xlrs-mt5 99"}, "'xlrs-mt5 99'"),
+    ({"config": {"depth": 3}}, "depth"), (None, "convert")])  # None: half of the file
 def test_another_file_than_a_checkpoint_is_refused_in_one_line(saved, capsys, damage, words):
-    path, _, _ = saved
-    content = damage(torch.load(path, weights_only=True))
-    if isinstance(content, dict):
-        torch.save(content, path)
+    path, _ = saved
+    if damage:
+        torch.save(torch.load(path, weights_only=True) | damage, path)
     else:
-        path.write_bytes(path.read_bytes()[:9999] if content is None else content)
-    refuses(capsys, ["export", path, path.parent / "hub"], str(path), words)
+        path.write_bytes(path.read_bytes()[:9999])
+    refuses(capsys, ["model.py: ", str(path), words], mt5.main,
+            ["export", str(path), str(path.parent / "hub")])
     assert not Path("harm").exists()
+
+
+# data.py ------------------------------------------------------------------------------------------
+
+def test_every_story_can_be_told_in_every_language_without_a_slot_left_over():
+    for story in data.stories("dev", 300, seed=5):
+        for language in data.TOY_LANGUAGES:
+            told = data.tell(story, language)
+            assert len(told["story"]) == 3 and all(len(told[task]) >= 3 for task in data.TASKS)
+            for text in itertools.chain(*told.values()):
+                assert not set("{}|?[]") & set(text) and "  " not in text, text
+                assert text[0].upper() == text[0]
+
+
+def test_a_story_reads_as_it_should_in_german_and_russian():
+    hero = next(i for i, entry in enumerate(data.world("en")["hero"]) if entry[""] == "Anna")
+    story = dict(hero=hero, object=1, helper=0, place=0, day=0, link=1, plot="broken", helped=False,
+                 n=3, opening="opening_1")
+    german, russian = data.tell(story, "de"), data.tell(story, "ru")
+    assert german["title"][0] == "Anna und die kaputte Lampe"
+    assert " ".join(german["story"]) == (
+        "Am Montag war Anna im Park. Plötzlich beschädigte sie die Lampe. "
+        "Ihr Bruder arbeitete 3 Stunden lang, konnte sie aber nicht reparieren.")
+    assert russian["story"][2] == "Брат работал 3 часа, но не смог её починить."
+    assert data.tell(story | {"n": 7}, "ru")["story"][2].startswith("Брат работал 7 часов")
+    assert russian["completion"][0] == "В конце концов Анна заплакала и пошла домой с братом."
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+def test_a_story_draws_one_of_its_right_answers_the_same_in_each_language(task):
+    drawn = []
+    for story in data.stories("dev", 100):
+        places = {data.tell(story, language)[task].index(data.toy_pair(story, language, task)[1])
+                  for language in data.TOY_LANGUAGES}
+        assert len(places) == 1
+        drawn += places
+    assert len(set(drawn)) >= 4 and max(map(drawn.count, drawn)) < 50
+
+
+def test_the_splits_share_no_story_whatever_the_seed_and_a_seed_draws_the_same_again():
+    found = {split: {json.dumps(story) for seed in range(3)
+                     for story in data.stories(split, 300, seed)} for split in data.SPLITS}
+    assert sum(map(len, found.values())) == len(set().union(*found.values()))
+    first = data.stories("train", 300, seed=1)
+    assert first == data.stories("train", 300, seed=1) != data.stories("train", 300, seed=2)
+    assert len(set(map(json.dumps, first))) == 300
+
+
+def test_a_batch_is_padded_and_its_mask_is_true_at_real_tokens():
+    input_ids, mask, labels = data.collate([([5, 6, 1], [7, 1]), ([8, 1], [9, 9, 1])])
+    assert input_ids.tolist() == [[5, 6, 1], [8, 1, 0]]
+    assert mask.tolist() == [[True] * 3, [True, True, False]]
+    assert labels.tolist() == [[7, 1, -100], [9, 9, 1]]
+
+
+class Letters:
+    """A tokenizer of one id a letter."""
+
+    def encode(self, text, longest=None):
+        return [ord(letter) for letter in text][:longest and longest - 1] + [EOS]
+
+
+def test_an_epoch_sees_each_pair_once_and_batches_can_start_anywhere():
+    pairs = [(chr(100 + i) * (1 + i % 5), "a") for i in range(64)]
+    args = argparse.Namespace(batch_size=4, seed=1, max_source=9, max_target=9)
+    seen = [ids[:, 0].tolist() for ids, _, _ in
+            itertools.islice(data.batches(pairs, Letters(), args), 32)]
+    assert sorted(sum(seen[:16], [])) == sorted(sum(seen[16:], [])) == list(range(100, 164))
+    assert seen[:16] != seen[16:]
+    later = data.batches(pairs, Letters(), args, start=11)
+    assert [ids[:, 0].tolist() for ids, _, _ in itertools.islice(later, 21)] == seen[11:]
+
+
+def test_a_parallel_batch_has_the_same_sentences_in_each_language_and_can_start_anywhere():
+    sides = {"en": [chr(100 + i) for i in range(9)], "de": [chr(200 + i) * 3 for i in range(9)]}
+    args = argparse.Namespace(reg_batch=5, seed=1, max_source=9)
+    (en, en_mask), (de, _) = next(data.parallel_batches(sides, Letters(), args, start=3))
+    assert (en[:, 0] + 100 == de[:, 0]).all() and en.shape == (5, 2) and de.shape == (5, 4)
+    assert en_mask.all()
+    third = list(itertools.islice(data.parallel_batches(sides, Letters(), args), 4))[3]
+    assert torch.equal(third[0][0], en)
+
+
+PAIRS = [('Größe, "so"', "ขนาด"), ("мир", "दुनिया")]
+FORMATS = {  # of the README's table: the words that read files -> what stands in these, as it comes
+    "--train en=english_train.jsonl --fields text,summary": [
+        "".join(json.dumps({"id": 1, "text": s, "summary": t}) + "\n\n" for s, t in PAIRS)],
+    "--train en=train.tsv --fields text,headline": [
+        'category\theadline\ttext\nnews\tขนาด\t"Größe, ""so"""\nnews\tदुनिया\tмир\n'],
+    "--train en=xglue.ntg.en.src.train,xglue.ntg.en.tgt.train": [
+        '\ufeffGröße, "so"\nмир\n', "ขนาด\r\nदुनिया"],
+}
+PARALLEL = ["en=newstest2019-src.eng.txt de=newstest2019-ref.deu.txt",
+            "en=eng_Latn.dev de=deu_Latn.dev", "en=NAME.de-en.en de=NAME.de-en.de",
+            "en=tatoeba.deu-eng.eng de=tatoeba.deu-eng.deu"]
+
+
+def test_every_format_of_the_readme_is_read_as_its_table_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (HERE / "README.md").read_text()
+    for words, contents in FORMATS.items():
+        args = train.parse_args(words.split())
+        for path, content in zip(args.train[0].removeprefix("en=").split(","), contents):
+            Path(path).write_bytes(content.encode())
+        assert data.task_pairs(args.train, args, "train", None) == {"en": PAIRS}, words
+        assert words in readme
+    for words in PARALLEL:
+        args = train.parse_args(["--train", "en=a.jsonl", "--parallel", *words.split()])
+        for word, lines in zip(args.parallel, ("One.\r\n\r\nTwo.\r\n", "Eins.\nnichts\nZwei.")):
+            Path(word[3:]).write_bytes(lines.encode())
+        assert data.parallel_texts(args) == ({"en": ("Two.",), "de": ("Zwei.",)},
+                                             {"en": ("One.",), "de": ("Eins.",)}), words
+        assert words in readme
+
+
+def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_path):
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
+        (tmp_path / name).write_bytes(f"source{separator}target\r\n"
+                                      f'"one\ntwo"{separator}{"x" * 200_000}\r\n'.encode())
+        assert data.read_pairs(tmp_path / name) == [("one\ntwo", "x" * 200_000)]
+
+
+@pytest.mark.parametrize("name, content, parts", [
+    ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"\n', ["a.jsonl:2", "JSON"]),
+    ("a.jsonl", b'{"text": "a", "target": "b"}\n', ["a.jsonl:1", "text, target", "--fields"]),
+    ("a.tsv", b"source\ttarget\na\t \n", ["a.tsv:2", "'target'", "mend or remove"]),
+    ("a.csv", b"", ["a.csv", "at least one pair"]),
+    ("a.csv", b"source,target\na,\xff\n", ["a.csv:2", "UTF-8", "0xff"]),
+    ("a.csv", b"source,target\na,b\na,b,c\n", ["a.csv:3", "2 columns"]),
+    ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "new-line"]),
+    ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double its own quotes"]),
+    ("a.tsv", b'source\ttarget\none\t"eins\ntwo\tzwei\nthree\tdrei"\n', ["a.tsv:4", "literal"]),
+    ("a.txt", b"x\n", ["a.txt", ".jsonl"]), ("en,de", b"a\nb\n|a\n", ["en has 2, de has 1"])])
+def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, monkeypatch, name, content, parts):
+    monkeypatch.chdir(tmp_path)
+    for path, lines in zip(name.split(","), content.split(b"|")):
+        Path(path).write_bytes(lines)
+    with pytest.raises(ValueError) as caught:
+        data.read_pairs(name)
+    line = str(caught.value)
+    assert "\n" not in line and len(line) < 500
+    for part in parts:
+        assert part in line
+
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
+    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace"))
+    data.write_file(tmp_path / "a", "text")
+    assert calls == ["fsync", "replace"] and (tmp_path / "a.tmp").read_text() == "text"
+
+
+def test_sentinels_and_padding_are_no_text():
+    _, tokenizer = load(scoring.TOY_BASE)
+    ids = tokenizer.encode("Am Ende war Omar traurig.")
+    assert tokenizer.decode([tokenizer.sentinels[0], *ids, PAD, 9]) == "Am Ende war Omar traurig."
+    assert tokenizer.encode("Am Ende war Omar traurig.", 3) == ids[:2] + [EOS]
+    assert len(tokenizer.sentinels) == 100
 
 
 # eval.py: ROUGE-L and the language identifier -----------------------------------------------------
 
-maker = importlib.import_module("identifier")  # lab/identifier.py; a fixture has its name
 SIX = "en de fr es tr ru".split()
 GREETINGS = {
     "en": "The weather is nice today.", "de": "Heute ist das Wetter schön.",
@@ -939,22 +656,17 @@ GREETINGS = {
     "el": "Σήμερα ο καιρός είναι καλός.", "ar": "الطقس جميل اليوم.", "he": "מזג האוויר יפה היום.",
     "hi": "आज मौसम बहुत अच्छा है।", "th": "วันนี้อากาศดีมาก", "zh": "今天天气很好。",
     "ja": "今日はとても天気がいいです。", "ko": "오늘 날씨가 아주 좋습니다.",
-    "vi": "Hôm nay thời tiết rất đẹp.",
-    "ka": "დღეს კარგი ამინდია.", "am": "ዛሬ አየሩ ጥሩ ነው።", "my": "ဒီနေ့ ရာသီဥတု ကောင်းတယ်။",
+    "vi": "Hôm nay thời tiết rất đẹp.", "ka": "დღეს კარგი ამინდია.",
+    "am": "ዛሬ አየሩ ጥሩ ነው።", "my": "ဒီနေ့ ရာသီဥတု ကောင်းတယ်။",
     "lo": "ມື້ນີ້ອາກາດດີຫຼາຍ", "km": "ថ្ងៃនេះអាកាសធាតុល្អណាស់", "bo": "དེ་རིང་གནམ་གཤིས་ཡག་པོ་འདུག",
 }
-
-
-@pytest.fixture
-def identifier():
-    return scoring.identifier()
 
 
 @pytest.fixture(scope="module")
 def three_words(tmp_path_factory):
     """A table of three words: German "ab" twice, English "ba"."""
     folder = tmp_path_factory.mktemp("table")
-    maker.train({"de": ["ab ab " * 10], "en": ["ba " * 10]}, folder / "table.bin")
+    identifier.train({"de": ["ab ab " * 10], "en": ["ba " * 10]}, folder / "table.bin")
     return folder
 
 
@@ -979,30 +691,28 @@ def test_rouge_l_equals_rouge_score_on_ascii_text():
 
 
 def test_lcs_of_a_padded_batch_is_the_textbook_table():
-    rng = random.Random(1)
+    rng, wrong = random.Random(1), []
     pairs = [[[rng.randrange(6) for _ in range(rng.randrange(40))] for _ in "ab"] for _ in "x" * 30]
     pairs += [[[5], [5, 5]], [[5, 5], [5, 5, 5]]]  # short enough to follow with a pencil
-    expected = []
-    for a, b in pairs:
-        table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-        for i, x in enumerate(a):
-            for j, y in enumerate(b):
-                table[i + 1][j + 1] = (table[i][j] + 1 if x == y
-                                       else max(table[i][j + 1], table[i + 1][j]))
-        expected.append(table[-1][-1])
     a, b = (torch.tensor([pair[side] + [-1 - side] * (40 - len(pair[side])) for pair in pairs])
             for side in (0, 1))
-    for one, other in ((a, b), (b, a)):
-        wrong = [(*pair, length, found) for pair, length, found in zip(
-            pairs, expected, scoring.lcs(one, other).tolist()) if length != found]
-        assert not wrong, "two texts, their LCS, and what was found: {}, {}: {}, {}".format(
-            *min(wrong, key=lambda row: len(row[0]) + len(row[1])))
+    for (x, y), *found in zip(pairs, scoring.lcs(a, b).tolist(), scoring.lcs(b, a).tolist()):
+        table = [[0] * (len(y) + 1) for _ in range(len(x) + 1)]
+        for i, j in itertools.product(range(len(x)), range(len(y))):
+            table[i + 1][j + 1] = (table[i][j] + 1 if x[i] == y[j]
+                                   else max(table[i][j + 1], table[i + 1][j]))
+        if found != [table[-1][-1]] * 2:
+            wrong.append((len(x) + len(y), f"{x}, {y}: {table[-1][-1]}, {found}"))
+    assert not wrong, f"two texts, their LCS, what was found, both ways round: {min(wrong)[1]}"
 
 
-@pytest.mark.parametrize("language", GREETINGS)
-def test_identical_texts_score_1_in_every_script(language):
-    assert len(scoring.tokens(GREETINGS[language])) > 2
-    assert scoring.rouge_l([GREETINGS[language]], [GREETINGS[language]]).tolist() == [1]
+def test_identical_texts_score_1_in_every_script_and_empty_ones_0():
+    texts = list(GREETINGS.values())
+    assert min(len(scoring.tokens(text)) for text in texts) > 2
+    assert scoring.rouge_l(texts, texts).tolist() == [1] * len(texts)
+    assert scoring.rouge_l(["", "a", "…"], ["a", "", "…"]).tolist() == [0, 0, 0]
+    with pytest.raises(ValueError, match="found 2 and 1"):
+        scoring.rouge_l(["a"], ["a", "b"])
 
 
 def test_tokens_keep_marks_split_scripts_without_spaces_and_drop_control_tokens():
@@ -1012,26 +722,17 @@ def test_tokens_keep_marks_split_scripts_without_spaces_and_drop_control_tokens(
     assert scoring.tokens("l´avion") == scoring.tokens("l'avion") == ["l", "avion"]
     assert scoring.tokens("<extra_id_0> Кот <extra_id_12>спит</s>") == ["кот", "спит"]
     assert scoring.tokens("") == scoring.tokens("—!?") == scoring.tokens("<extra_id_0>") == []
+    for token in scoring.tokens("´a a ́b \u0301x ¨ü¸c ﷼ ﹰ"):
+        assert unicodedata.category(token[0])[0] != "M", "a token never begins with a mark"
 
 
-def test_empty_sides_score_0_and_unequal_lists_are_refused():
-    assert scoring.rouge_l(["", "a", "…"], ["a", "", "…"]).tolist() == [0, 0, 0]
-    with pytest.raises(ValueError, match="found 2 and 1"):
-        scoring.rouge_l(["a"], ["a", "b"])
-
-
-@pytest.mark.parametrize("text", [
-    *GREETINGS.values(), "人工智能专家说人工智能很重要", "", "bye bye"])
-def test_a_sentence_that_says_all_once_is_no_loop(text):
-    assert not scoring.loops(text)
-
-
-@pytest.mark.parametrize("text", [
-    "ha ha ha ha", "哈哈哈哈", "ははははは", "ฮ่าฮ่าฮ่าฮ่า", "ຮ່າຮ່າຮ່າຮ່າ", "ហាហាហាហា",
-    "ဟားဟားဟားဟား", "ཧ་ཧ་ཧ་ཧ་ཧ",
-    "la función continua de la función continua", *(f"{x} {x}" for x in GREETINGS.values())])
-def test_a_real_loop_is_found_in_every_script(text):
-    assert scoring.loops(text)
+def test_a_loop_is_found_in_every_script_and_a_sentence_that_says_all_once_is_none():
+    once = [*GREETINGS.values(), "人工智能专家说人工智能很重要", "", "bye bye"]
+    assert [text for text in once if scoring.loops(text)] == []
+    loops = ["ha ha ha ha", "哈哈哈哈", "ははははは", "ฮ่าฮ่าฮ่าฮ่า", "ຮ່າຮ່າຮ່າຮ່າ", "ហាហាហាហា",
+             "ဟားဟားဟားဟား", "ཧ་ཧ་ཧ་ཧ་ཧ", "la función continua de la función continua",
+             *(f"{text} {text}" for text in GREETINGS.values())]
+    assert [text for text in loops if not scoring.loops(text)] == []
 
 
 def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words):
@@ -1066,21 +767,13 @@ def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words
     (["Jennifer Lawrence, Anna Cooke Maroney sind verlobt", "Troy Hunt a créé Let's Dance",
       "die Steam Community"], ["en", "de", "fr"], ["de", "fr", "de"]),
     (list(GREETINGS.values()), None, list(GREETINGS)), ([], None, [])])
-def test_the_language_of_a_text_is_its_own_whatever_is_expected(identifier, texts, expected, right):
-    assert identifier.predict(texts, expected) == right
+def test_the_language_of_a_text_is_its_own_whatever_is_expected(texts, expected, right):
+    assert scoring.identifier().predict(texts, expected) == right
 
 
-def test_uzbek_in_letters_that_its_column_never_shows_is_not_english(identifier):
-    found = identifier.predict(["Менинг бир ўғлим ва бир қизим бор."], ["en", "uz"])
+def test_uzbek_in_letters_that_its_column_never_shows_is_not_english():
+    found = scoring.identifier().predict(["Менинг бир ўғлим ва бир қизим бор."], ["en", "uz"])
     assert found[0] not in ("en", "und")
-
-
-def test_digits_punctuation_and_neighbours_in_the_batch_change_nothing(identifier):
-    texts = ["Die Katze schläft", "", "le chat dort", "!"]
-    loud = ["»Die, Katze...  schläft« 123", "4", "\tle-chat-dort\n", ""]
-    assert torch.allclose(identifier.evidence(texts), identifier.evidence(loud), atol=1e-5)
-    alone = torch.cat([identifier.evidence([text]) for text in texts])
-    assert torch.allclose(identifier.evidence(texts), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("text, target, source, share", [
@@ -1095,53 +788,48 @@ def test_digits_punctuation_and_neighbours_in_the_batch_change_nothing(identifie
     *((text, language, "de" if language == "en" else "en", 0)
       for language, text in GREETINGS.items())])
 def test_words_count_as_mixed_in_only_where_the_source_explains_them_best(
-        identifier, text, target, source, share):
-    assert identifier.mixed([text], target, source).tolist() == pytest.approx([share])
+        text, target, source, share):
+    found = scoring.identifier().mixed([text], target, source)
+    assert found.tolist() == pytest.approx([share])
 
 
-def test_scores_count_empty_outputs_as_wrong_and_nothing_as_accidental_in_the_source(identifier):
+def test_scores_count_empty_outputs_as_wrong_and_nothing_as_accidental_in_the_source():
     outputs = ["Hugo und der neue Hut", "Hugo and the new hat", "", "<extra_id_0>"]
-    references = ["Hugo und der neue Hut"] * 4
-    found = scoring.score(outputs, references, "de", "en", identifier, SIX)
+    score = functools.partial(scoring.score, outputs, outputs[:1] * 4,
+                              identifier=scoring.identifier(), expected=SIX)
+    found = score("de", "en")
     assert found["rougeL"] == pytest.approx(100 * (1 + 1 / 5 + 0 + 0) / 4)
     assert (found["wrong_language"], found["source_language"], found["n"]) == (75, 25, 4)
     assert found["mixed"] > 10 and found["loops"] == 0
     for source in ("de", None):  # the run's own language
-        found = scoring.score(outputs, references, "de", source, identifier, SIX)
+        found = score("de", source)
         assert found["source_language"] == found["mixed"] == 0 and found["wrong_language"] == 75
-    assert scoring.score([], [], "de", "en", identifier)["wrong_language"] == 0
-
-
-def test_rates_of_a_language_that_the_table_lacks_are_left_out(identifier):
-    assert scoring.score(["Nna"], ["Nna"], "pcm", "en", identifier) == {
-        "rougeL": 100, "loops": 0, "n": 1}
-    found = scoring.score(["Hugo und der Hut"], ["Hugo"], "de", "lg", identifier)
-    assert found["wrong_language"] == 0 and not found.keys() & {"source_language", "mixed"}
-    with pytest.raises(ValueError, match="lg"):
-        identifier.mixed(["x"], "de", "lg")
+    assert set(score("de", "lg")) == {"rougeL", "wrong_language", "loops", "n"}  # lg is not known
+    with pytest.raises(ValueError, match="does not know lg"):
+        scoring.identifier().mixed(["x"], "de", "lg")
+    assert set(score("pcm", "en")) == {"rougeL", "loops", "n"}
+    assert scoring.score([], [], "de", "en", scoring.identifier())["wrong_language"] == 0
 
 
 def test_training_twice_gives_the_same_bytes_also_from_files_with_crlf(three_words):
     (three_words / "newstest2019-ref.deu.txt").write_bytes(b"ab ab " * 10 + b"\r\n\r\n")
     (three_words / "newstest2019-src.eng.txt").write_text("ba " * 10 + "\n")
-    again = three_words / "again.bin"
-    subprocess.run([sys.executable, HERE / "lab" / "identifier.py", three_words, again], check=True)
-    assert again.read_bytes() == (three_words / "table.bin").read_bytes()
+    finished = script("lab/identifier.py", three_words, three_words / "again.bin")
+    assert finished.returncode == 0, finished.stderr
+    assert (three_words / "again.bin").read_bytes() == (three_words / "table.bin").read_bytes()
 
 
-def test_the_shipped_table_is_small_and_knows_100_languages_by_iso_code(identifier):
-    assert scoring.LID.stat().st_size <= 8e6 and len(identifier.languages) >= 100
-    assert set(maker.LANGUAGES.values()) == set(identifier.languages)
+def test_the_shipped_table_is_small_and_knows_100_languages_by_iso_code():
+    languages = scoring.identifier().languages
+    assert scoring.LID.stat().st_size <= 8e6 and len(languages) >= 100
+    assert set(identifier.LANGUAGES.values()) == set(languages)
 
 
 def test_a_table_that_is_missing_or_damaged_is_refused_in_one_line(three_words):
-    with pytest.raises(FileNotFoundError, match="none.bin"):
+    with pytest.raises(FileNotFoundError, match="none.bin: .*python lab/identifier.py"):
         scoring.LanguageIdentifier(three_words / "none.bin")
     good = (three_words / "table.bin").read_bytes()
-    head, _, body = good.partition(b"\n")
-    for bad in (b"", b"{}\n", b"[]\nx", good[:-9], good.replace(b'"columns"', b'"c"'),
-                head + b"\n" + zlib.compress(b"abc"), b"7\n" + body, b"\xff" + good,
-                json.dumps({"columns": ["de"], "blocks": []}).encode() + b"\n" + body):
+    for bad in (b"", b"7\n" + good, good[:-9], good.replace(b'"columns"', b'"c"')):
         (three_words / "bad.bin").write_bytes(bad)
         with pytest.raises(ValueError, match="bad.bin: .*python lab/identifier.py"):
             scoring.LanguageIdentifier(three_words / "bad.bin")
@@ -1162,56 +850,38 @@ def learn(folder, *words):
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """A run of six steps with the regulariser, by subprocess; (folder, finished process)."""
-    folder = tmp_path_factory.mktemp("run") / "small"
-    finished = script("train.py", "--reg", 0.1, *SMALL, "--out", folder)
-    assert finished.returncode == 0, finished.stderr
-    return folder, finished
+    """The folder of a run of six steps with the regulariser."""
+    return learn(tmp_path_factory.mktemp("run") / "small", "--reg", 0.1)
 
 
 def rows(folder, kind):
     return [row for row in scoring.read_log(folder) if row["kind"] == kind]
 
 
-def same_run(one, other):
-    """Assert that two runs have the same bytes in every weight and the same scores."""
-    for path in one.glob("step_*.pt"):
-        expected, found = (read_checkpoint(folder / path.name)["model"] for folder in (one, other))
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, found[name]), (path, name)
-    assert [row["step"] for row in rows(other, "train")] == [1, 2, 3, 4, 5, 6]
-    assert [row["step"] for row in rows(other, "eval")] == [0, 2, 4, 6]
-    assert (one / "scores.json").read_text() == (other / "scores.json").read_text()
-
-
 def test_a_run_leaves_what_the_contract_names(small_run):
-    folder, finished = small_run
-    names = {path.name for path in folder.iterdir()}
+    names = {path.name for path in small_run.iterdir()}
     assert names == {"args.json", "log.jsonl", "selected.json", "scores.json", "outputs.jsonl",
                      "last.pt", *(f"step_{step:06d}.pt" for step in (0, 2, 4, 6))}
-    assert "optimizer" not in read_checkpoint(folder / "step_000006.pt")
-    scores = json.loads((folder / "scores.json").read_text())
+    assert "optimizer" not in read_checkpoint(small_run / "step_000006.pt")
+    scores = json.loads((small_run / "scores.json").read_text())
     assert scores["task"] == "title" and set(scores["xlrs"]) == {"de", "ru"}
     for kinds in scores["scores"].values():
         assert set(kinds) == {"rougeL", "wrong_language", "source_language", "mixed", "loops", "n"}
-    outputs = (folder / "outputs.jsonl").read_text().splitlines()
+    outputs = (small_run / "outputs.jsonl").read_text().splitlines()
     assert len(outputs) == 3 * 8 and json.loads(outputs[0])["language"] == "en"
-    assert "mean of de ru" in finished.stdout and "training" in finished.stderr
 
 
 def test_a_run_lowers_the_loss_and_the_regulariser_lowers_xlrs(small_run, tmp_path):
-    folder, _ = small_run
     plain = learn(tmp_path / "plain")
-    mean = {name: [scoring.mean(row["xlrs"].values()) for row in rows(path, "eval")]
-            for name, path in (("reg", folder), ("plain", plain))}
-    assert mean["reg"][0] == pytest.approx(mean["plain"][0], abs=1e-5)
-    assert mean["reg"][-1] < mean["plain"][-1], (
-        f"expected XLRS to end lower with the regulariser, from {mean['reg'][0]:.3f} found "
-        f"{mean['reg'][-1]:.3f} with it and {mean['plain'][-1]:.3f} without")
+    reg, without = ([scoring.mean(row["xlrs"].values()) for row in rows(path, "eval")]
+                    for path in (small_run, plain))
+    assert reg[0] == pytest.approx(without[0], abs=1e-5)
+    assert reg[-1] < without[-1], ("expected XLRS to end lower with the regulariser, found with it "
+                                   f"{reg}, without {without}")
     losses = [row["dev_loss"] for row in rows(plain, "eval")]
     assert losses[-1] < 0.9 * losses[0]
     assert all(row["reg"] == 0 for row in rows(plain, "train"))
-    first = rows(folder, "train")[0]
+    first = rows(small_run, "train")[0]
     assert first["reg"] > 0.1 and first["lr"] == pytest.approx(5e-4)  # half of --lr, warming up
 
 
@@ -1228,27 +898,31 @@ def test_the_objective_is_the_cross_entropy_and_the_hinge_on_the_parallel_senten
     assert train.objective(model, batch, [], floor=0.1)[1].item() == 0
 
 
-def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(small_run):
-    folder, _ = small_run
-    finished = script("select.py", folder)
+def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(small_run, tmp_path):
+    finished = script("select.py", small_run)
     assert finished.returncode == 0, finished.stderr
-    trained = [row for row in rows(folder, "eval") if row["step"]]
+    trained = [row for row in rows(small_run, "eval") if row["step"]]
     lowest = min(trained, key=lambda row: scoring.mean(row["xlrs"].values()))["step"]
-    chosen = json.loads((folder / "selected.json").read_text())
-    assert chosen["step"] == lowest and chosen["by"] == "xlrs"
-    assert [line for line in finished.stdout.splitlines() if "chosen" in line][0].split()[0] == str(
-        lowest)
-    before = (folder / "scores.json").read_text()
-    scoring.main([str(folder)])
-    assert (folder / "scores.json").read_text() == before
+    chosen = json.loads((small_run / "selected.json").read_text())
+    assert (chosen["step"], chosen["by"]) == (lowest, "xlrs")
+    marked = [line.split()[0] for line in finished.stdout.splitlines() if "<- chosen" in line]
+    assert marked == [str(lowest)]
+    before = (small_run / "scores.json").read_text()
+    scoring.main([str(small_run)])
+    for path in (small_run, scoring.TOY_BASE):  # other scores go where they are told to
+        scoring.main([str(path), *"--test de --test-size 2 --num-beams 2 --out".split(),
+                      str(tmp_path)])
+        found = json.loads((tmp_path / "scores.json").read_text())["scores"]
+        assert list(found) == ["de"] and found["de"]["n"] == 2
+    assert (small_run / "scores.json").read_text() == before
 
 
-def write_run(folder, similarity=0.5):
+def write_run(folder, similarity=0.5, seed=0, rouge=12.5):
     """Write a run folder of two checkpoints, as far as select.py and --compare read it."""
     folder.mkdir()
-    args = vars(train.parse_args(["--out", str(folder)]))
+    args = vars(train.parse_args(["--out", str(folder), "--seed", str(seed)]))
     (folder / "args.json").write_text(json.dumps({"arguments": args}))
-    scores = dict(rougeL=12.5, wrong_language=3., source_language=2., mixed=1., loops=0., n=8)
+    scores = dict(rougeL=rouge, wrong_language=3., source_language=2., mixed=1., loops=0., n=8)
     log = [{"kind": "eval", "step": step, "xlrs": {"de": similarity}, "dev_loss": 2.5,
             "test": {"en": scores, "de": scores}} for step in (0, 10)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
@@ -1257,22 +931,16 @@ def write_run(folder, similarity=0.5):
     return folder
 
 
-@pytest.mark.parametrize("similarity, said", [(-0.49, False), (-0.51, True)])
-def test_choosing_says_when_the_base_is_below_the_floor_already(tmp_path, capsys, similarity, said):
-    folder = write_run(tmp_path / "run", similarity)
-    assert scoring.choose_checkpoint(folder)["step"] == 10
-    assert ("not above --reg-floor -0.5" in capsys.readouterr().out) == said
-    scoring.choose_checkpoint(folder, "dev")
-    assert "floor" not in capsys.readouterr().out
+def test_choosing_says_when_the_base_is_below_the_floor_already(tmp_path, capsys):
+    for similarity, by, said in ((-0.49, None, False), (-0.51, None, True), (-0.51, "dev", False)):
+        folder = write_run(tmp_path / f"{similarity} {by}", similarity)
+        assert scoring.choose_checkpoint(folder, by)["step"] == 10
+        assert ("not above --reg-floor -0.5" in capsys.readouterr().out) == said
 
 
 def test_runs_are_compared_row_by_row_and_seeds_by_their_mean_and_interval(tmp_path, capsys):
-    folders = [write_run(tmp_path / f"run{seed}") for seed in range(2)]
-    args = json.loads((folders[1] / "args.json").read_text())
-    args["arguments"]["seed"] = 1
-    (folders[1] / "args.json").write_text(json.dumps(args))
-    scores = (folders[1] / "scores.json").read_text().replace("12.5", "14.5")
-    (folders[1] / "scores.json").write_text(scores)
+    folders = [write_run(tmp_path / f"run{seed}", seed=seed, rouge=12.5 + 2 * seed)
+               for seed in range(2)]
     scoring.main(["--compare", *map(str, folders)])
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[1:3] for line in table[1:3]] == [["title", "12.5"], ["title", "14.5"]]
@@ -1301,78 +969,26 @@ def test_a_text_is_shown_that_is_mended_and_one_that_is_not():
     systems = {"usual way": {"outputs": usual}, "this run": {"outputs": ours}}
     found = scoring.examples(systems, ["de", "fr"], ["en", "de", "fr"])
     assert found == {"mended": ("de", 1), "not mended": ("de", 2)}
-    del systems["usual way"]
-    assert list(scoring.examples(systems, ["fr"], ["en", "fr"]).values()) == [("fr", 0)]
 
 
-def test_scores_with_other_arguments_go_where_they_are_asked_to(small_run, tmp_path):
-    folder, _ = small_run
-    before = (folder / "scores.json").read_bytes()
-    scoring.main([str(folder), "--test", "de", "--test-size", "2", "--out", str(tmp_path / "de")])
-    assert (folder / "scores.json").read_bytes() == before
-    assert list(json.loads((tmp_path / "de" / "scores.json").read_text())["scores"]) == ["de"]
-    scoring.main([str(scoring.TOY_BASE), "--test", "de", "--test-size", "2", "--num-beams", "2",
-                  "--out", str(tmp_path / "base")])
-    assert json.loads((tmp_path / "base" / "scores.json").read_text())["scores"]["de"]["n"] == 2
-
-
-def test_a_frozen_part_keeps_its_weights(tmp_path):
-    folder = learn(tmp_path / "run", "--steps", 1, "--freeze", "decoder", "head", "--reg", 0.1)
-    old, new = (read_checkpoint(folder / f"step_{step:06d}.pt")["model"] for step in (0, 1))
+def test_a_frozen_part_keeps_its_weights_and_recomputing_changes_no_byte(tmp_path):
+    words = ("--reg", 0.1, "--steps", 2, "--freeze", "decoder", "head")
+    kept, again = learn(tmp_path / "kept", *words), learn(tmp_path / "again", *words, "--recompute")
+    old, new, same = (read_checkpoint(path)["model"] for path in (
+        kept / "step_000000.pt", kept / "step_000002.pt", again / "step_000002.pt"))
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"embedding", "encoder"}
-
-
-def test_recomputed_activations_give_the_same_bytes(tmp_path):
-    words = ("--reg", 0.1, "--steps", 2, "--dropout", 0.1)
-    kept, again = learn(tmp_path / "kept", *words), learn(tmp_path / "again", *words, "--recompute")
-    kept, again = (read_checkpoint(path / "step_000002.pt")["model"] for path in (kept, again))
-    assert all(torch.equal(tensor, again[name]) for name, tensor in kept.items())
-
-
-FORMATS = {  # of the README's table: files as they come -> the words that read them
-    "xlsum": ({"english_train.jsonl": '{"id": "1", "url": "u", "title": "t", "summary": "s", '
-               '"text": "One."}\n'}, "en=english_train.jsonl", "text,summary"),
-    "masakhanews": ({"train.tsv": 'category\theadline\ttext\turl\nnews\tHead\t"One\n""two"""\tu\n'},
-                    "en=train.tsv", "text,headline"),
-    "xglue": ({"xglue.ntg.en.src.train": "one\ntwo\n", "xglue.ntg.en.tgt.train": "a\nb\n"},
-              "en=xglue.ntg.en.src.train,xglue.ntg.en.tgt.train", "source,target"),
-}
-PARALLEL = {"ntrex": ("newstest2019-src.eng.txt", "newstest2019-ref.deu.txt"),
-            "flores": ("eng_Latn.dev", "deu_Latn.dev"), "moses": ("NAME.de-en.en", "NAME.de-en.de"),
-            "tatoeba": ("tatoeba.deu-eng.eng", "tatoeba.deu-eng.deu")}
-
-
-def test_every_format_of_the_readme_is_read_as_its_table_says(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    readme = (HERE / "README.md").read_text()
-    for files, word, fields in FORMATS.values():
-        for name, content in files.items():
-            Path(name).write_text(content)
-        assert word in readme and (fields == "source,target" or fields in readme)
-        args = train.parse_args(["--train", word, "--fields", fields])
-        assert data.task_pairs(args.train, args, "train", None)["en"], word
-    for english, german in PARALLEL.values():
-        Path(english).write_bytes(b"One.\r\nTwo.\r\n")
-        Path(german).write_text("Eins.\nZwei.\n")
-        assert english in readme and german in readme
-        args = train.parse_args(["--train", "en=a.jsonl", "--parallel", f"en={english}",
-                                 f"de={german}"])
-        assert data.parallel_texts(args)[1] == {"en": ("One.",), "de": ("Eins.",)}
+    assert all(torch.equal(tensor, same[name]) for name, tensor in new.items())
 
 
 def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(tmp_path, capsys):
     texts = {"en": "the {} is small", "th": "{} นั้นเล็ก", "ar": "ال{} صغير", "zh": "{}很小",
              "pcm": "di {} small"}
     for lang, text in texts.items():
-        lines = [text.format(i) for i in range(40)]
-        (tmp_path / f"{lang}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        objects = [json.dumps({"text": line, "title": line[:5]}) + "\n" for line in lines]
-        (tmp_path / f"{lang}.jsonl").write_text("".join(objects))
-    pairs = [f"{lang}={tmp_path / lang}.jsonl" for lang in texts]
-    folder = learn(tmp_path / "run", "--fields", "text,title", "--train", pairs[0], "--dev",
-                   pairs[0], "--test", *pairs, "--parallel",
-                   *(f"{lang}={tmp_path / lang}.txt" for lang in texts), "--reg", 0.1, "--steps", 1)
+        (tmp_path / lang).write_text("".join(text.format(i) + "\n" for i in range(40)), "utf-8")
+    pairs = [f"{lang}={tmp_path / lang},{tmp_path / lang}" for lang in texts]
+    folder = learn(tmp_path / "run", "--train", pairs[0], "--dev", pairs[0], "--test", *pairs,
+                   "--parallel", *(pair.partition(",")[0] for pair in pairs), "--steps", 1)
     scores = json.loads((folder / "scores.json").read_text())["scores"]
     assert {lang: kinds["n"] for lang, kinds in scores.items()} == dict.fromkeys(texts, 8)
     assert "wrong_language" in scores["th"] and "wrong_language" not in scores["pcm"]
@@ -1382,73 +998,44 @@ def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(tmp_p
 @pytest.mark.parametrize("words, parts", [
     (["--train", "xx"], ["toy language", "'xx'"]),
     (["--train", "en=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
-    (["--train", "en=requirements.txt,requirements.txt", "--reg", "0.1"], ["--reg", "--parallel"]),
-    (["--train", "en="], ["LANG=FILE", "en="]), (["--parallel", "en"], ["--parallel", "others"]),
-    (["--init", "README.md"], ["README.md", "expected", "found"]),
-    (["--reg", "much"], ["--reg", "much"]), (["--batch-size", "0"], ["--batch-size", "from 1"]),
-    (["--device", "foo"], ["--device foo"]), (["--train", "en", "en"], ["each language once"]),
+    (["--train", "en=a.jsonl", "--reg", "0.1"], ["--reg", "--parallel"]),
+    (["--train", "en="], ["LANG=FILE", "en="]), (["--train", "en", "en"], ["each language once"]),
+    (["--parallel", "en"], ["--parallel", "others"]),
+    (["--init", "nowhere.pt"], ["nowhere.pt: expected a checkpoint"]),
+    (["--init", "toy"], ["toy: expected a checkpoint", "model.py convert"]),
+    (["--batch-size", "0"], ["--batch-size", "from 1"]), (["--device", "foo"], ["--device foo"]),
     (["--dtype", "float16"], ["--dtype", "float16"]), (["--resume"], ["--out"]),
     (["--dev", "de"], ["--dev", "source language en"]),
     (["--freeze", *train.PARTS], ["--freeze", "a part that learns"])])
 def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
     out = [] if words == ["--resume"] else ["--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit) as stopped:
-        train.main([*words, *out])
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stopped.value.code == 2
-    for part in parts:
-        assert part in line
+    refuses(capsys, parts, train.main, [*words, *out])
     assert not (tmp_path / "run").exists()
 
 
 def test_an_occupied_folder_and_changed_arguments_are_refused(small_run, capsys):
-    folder, _ = small_run
-    for words, part in (([], "holds a run already"), (["--reg", 0.2, "--resume"], "reg was 0.1")):
-        with pytest.raises(SystemExit):
-            learn(folder, *words)
-        assert part in capsys.readouterr().err.splitlines()[-1]
+    log = (small_run / "log.jsonl").read_text()
+    for words, part in (([], "holds a run already"), (["--reg", 0.2, "--resume"], "reg was 0.1"),
+                        (["--reg", 0.1, "--steps", 5, "--resume"], "--steps of at least 6")):
+        refuses(capsys, [part], learn, small_run, *words)
+    assert (small_run / "log.jsonl").read_text() == log
 
 
-def test_select_and_eval_answer_a_missing_or_damaged_run_in_one_line(tmp_path):
-    fails_in_one_line(script("select.py", tmp_path), "args.json", "train.py")
-    fails_in_one_line(script("eval.py", tmp_path / "nothing"), "nothing")
-    folder = write_run(tmp_path / "run")
-    with open(folder / "log.jsonl", "a") as log:
+@pytest.mark.parametrize("words, parts", [
+    (["select.py", "toy"], ["args.json", "train.py"]), (["eval.py", "nothing"], ["nothing"]),
+    (["select.py", "RUN"], ["log.jsonl", "broken"]),
+    (["lab/claims.py", "RUN/args.json"], ["args.json: expected a run"])])
+def test_a_missing_or_damaged_run_is_answered_in_one_line(tmp_path, words, parts):
+    with open(write_run(tmp_path / "run") / "log.jsonl", "a") as log:
         log.write("{\n")
-    fails_in_one_line(script("select.py", folder), "log.jsonl", "broken")
-
-
-def shape(text):
-    """Return the words of each line of a report; numbers are 0, texts and answers are left out.
-
-    So is the mark of the chosen checkpoint: on another machine it may stand a line later.
-    """
-    names = "mended|not mended|reference|usual way|this run|upper bound"
-    text = re.sub(rf"(?m)^({names})[, ]+[^\d\s-].*", r"\1", text)
-    text = text.replace("<- chosen", "")
-    return [re.sub(r"-?\d+(\.\d+)?", "0", line).split() for line in text.strip().splitlines()]
-
-
-def test_the_two_commands_of_the_readme_print_what_it_shows(tmp_path):
-    readme, out = (HERE / "README.md").read_text(), "runs/title-en-reg0.1"
-    blocks = readme.split("```")[1::2]
-    for command, name in (("train.py", "train.py --reg 0.1"), ("select.py", f"select.py {out}")):
-        shown = next(after for before, after in zip(blocks, blocks[1:]) if name in before)
-        words = [word.replace(out, str(tmp_path / "run")) for word in name.split()]
-        words += ["--out", tmp_path / "run", "--device", "cpu"] if command == "train.py" else []
-        finished = script(*words)
-        assert finished.returncode == 0, finished.stderr
-        found = finished.stdout.replace(str(tmp_path / "run"), out)
-        assert shape(found) == shape(shown), f"README, {name}: expected what it prints now, {found}"
-
-
-# Runs that stop -----------------------------------------------------------------------------------
+    finished = script(*(word.replace("RUN", str(tmp_path / "run")) for word in words))
+    fails_in_one_line(finished.returncode, finished.stderr, *parts)
 
 
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(small_run, tmp_path):
-    command = [sys.executable, ours("train.py"), "--reg", "0.1", *map(str, SMALL), "--out",
-               str(tmp_path / "run"), "--resume"]
-    log = tmp_path / "run" / "log.jsonl"
+    again, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
+    command = [sys.executable, THEIRS.get("train.py", "train.py"), "--reg", "0.1",
+               *map(str, SMALL), "--out", again, "--resume"]
     for rows_before in (1, 4, 6):
         process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL,
                                    stdout=subprocess.DEVNULL)
@@ -1457,46 +1044,30 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(sma
             time.sleep(0.01)
         process.kill()
         process.wait()
-    learn(tmp_path / "run", "--reg", 0.1, "--resume")
-    same_run(small_run[0], tmp_path / "run")
-
-
-def test_a_run_goes_on_from_its_last_checkpoint_and_for_more_steps(small_run, tmp_path, capsys):
-    folder = learn(tmp_path / "run", "--reg", 0.1, "--steps", 3)  # measured at 0, 2 and 3
-    with open(folder / "log.jsonl", "a") as log:
-        log.write('{"kind": "train", "st')  # a torn line
-    learn(folder, "--reg", 0.1, "--resume")
-    assert [row["step"] for row in rows(folder, "train")] == [1, 2, 3, 4, 5, 6]
-    old, new = (read_checkpoint(path / "step_000006.pt")["model"]
-                for path in (small_run[0], folder))
-    assert all(torch.equal(tensor, new[name]) for name, tensor in old.items())
-    log = (folder / "log.jsonl").read_text()
-    with pytest.raises(SystemExit):
-        learn(folder, "--reg", 0.1, "--resume", "--steps", 5)
-    assert "--steps of at least 6" in capsys.readouterr().err
-    assert (folder / "log.jsonl").read_text() == log
+    with open(log, "a") as file:  # a step after the last checkpoint, a line torn off
+        file.write('{"kind": "train", "step": 6}\n{"kind": "train", "st')
+    learn(again, "--reg", 0.1, "--resume")
+    for path in small_run.glob("step_*.pt"):
+        expected, found = (read_checkpoint(run / path.name)["model"] for run in (small_run, again))
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), (path, name)
+    assert [row["step"] for row in rows(again, "train")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows(again, "eval")] == [0, 2, 4, 6]
+    assert (again / "scores.json").read_text() == (small_run / "scores.json").read_text()
 
 
 def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        learn(tmp_path / "run", "--lr", "1e30")
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert stopped.value.code == 2 and "step 2, learning rate 1e+30: expected finite" in line
+    refuses(capsys, ["step 2, learning rate 1e+30: expected finite"],
+            learn, tmp_path / "run", "--lr", "1e30")
     assert (tmp_path / "run" / "step_000000.pt").exists()
 
 
-def test_a_full_memory_saves_the_last_finished_step(small_run, tmp_path, monkeypatch, capsys):
-    objective, calls = train.objective, itertools.count(1)
-
-    def fills(*words):
-        if next(calls) == 4:
-            raise torch.OutOfMemoryError("full")
-        return objective(*words)
-
-    monkeypatch.setattr(train, "objective", fills)
-    with pytest.raises(SystemExit) as stopped:
-        learn(tmp_path / "run", "--reg", 0.1)
-    assert stopped.value.code == 2 and "--recompute" in capsys.readouterr().err.splitlines()[-1]
+def test_a_full_memory_saves_the_last_finished_step(tmp_path, monkeypatch, capsys):
+    def full(*words):
+        raise torch.OutOfMemoryError("full")
+    steps = iter([train.objective] * 3)
+    monkeypatch.setattr(train, "objective", lambda *words: next(steps, full)(*words))
+    refuses(capsys, ["--recompute"], learn, tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
@@ -1504,7 +1075,8 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path):
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); " \
               "import train; train.main(sys.argv[1:])"  # last.pt with AdamW's state is larger
     finished = script("-c", limited, *SMALL, "--out", tmp_path / "run")
-    fails_in_one_line(finished, "last.pt: could not be written", "make room")
+    fails_in_one_line(finished.returncode, finished.stderr, "last.pt: could not be written",
+                      "make room")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "step_000000.pt", "step_000002.pt"}
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
@@ -1512,46 +1084,220 @@ def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path):
 
 def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(tmp_path):
     # Dropout differs from process to process; a high rate would magnify how the means differ.
-    same = (*SMALL, "--reg", 0.1, "--dropout", 0, "--lr", 2e-4)
+    same = ("--reg", 0.1, "--dropout", 0, "--lr", 2e-4)
     learn(tmp_path / "one", *same)
-    words = [str(word) for word in (*same, "--out", tmp_path / "two")]
-    finished = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         ours("train.py"), *words], cwd=HERE, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
+    finished = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                      "train.py", *SMALL, *same, "--out", tmp_path / "two")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("mean of de ru") == 1  # one process reports
     one, two = (rows(tmp_path / name, "eval") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):  # up to how the means are taken
         assert b["dev_loss"] == pytest.approx(a["dev_loss"], rel=0.003)
-    train.main([*words, "--steps", "8", "--resume"])
+    learn(tmp_path / "two", *same, "--steps", 8, "--resume")
     assert [row["step"] for row in rows(tmp_path / "two", "train")] == list(range(1, 9))
+
+
+# model.py: conversion from and to the hub's folders -----------------------------------------------
+
+FORMS = ["pytorch_model.bin", "model.safetensors", "pytorch_model-{}-of-2.bin",
+         "model-{}-of-2.safetensors"]
+Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
+
+
+@pytest.fixture
+def hub(tmp_path, pieces):
+    """A function that writes a folder like those of the hub and returns it.
+
+    form: the weights' file, {} for the number of a shard; changes to weights, None takes one away;
+    files: {name: JSON value} to write as well; settings of config.json.
+    """
+    weights_of = spread(TINY).state_dict()
+    published = {theirs: weights_of[ours] for ours, theirs in mt5.published_names(TINY).items()}
+
+    def write(form=FORMS[0], weights=(), files=(), missing=None, **settings):
+        folder, safe = tmp_path / "hub", form.endswith("safetensors")
+        folder.mkdir(exist_ok=True)
+        copies = {} if safe else dict.fromkeys(mt5.ALIASES, published["shared.weight"])
+        content = published | copies | dict(weights)
+        content = [(name, tensor) for name, tensor in content.items() if tensor is not None]
+        shards, write_shard = (2 if "{}" in form else 1,
+                               safetensors.torch.save_file if safe else torch.save)
+        for shard in range(shards):
+            write_shard(dict(content[shard::shards]), folder / form.format(shard + 1))
+        (folder / "spiece.model").write_bytes(pieces)
+        settings = {**asdict(TINY), "model_type": "mt5", "feed_forward_proj": "gated-gelu",
+                    "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
+                    "decoder_start_token_id": 0, **settings}
+        for name, value in {"config.json": settings, **dict(files)}.items():
+            (folder / name).write_text(json.dumps(value))
+        if missing:
+            (folder / missing).unlink()
+        return folder
+    return write
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_hub_folder_converts_to_the_same_weights(hub, tmp_path, pieces, form, capsys):
+    folder = hub(form, {mt5.STRAY: torch.zeros(32, 4)}, model_type="t5", vocab_size=7, num_heads=99)
+    mt5.main(["convert", str(folder), str(tmp_path / "x.pt")])
+    printed = capsys.readouterr().out
+    assert f"ignored: {mt5.STRAY}" in printed
+    assert "contradicts the weights" in printed and "num_heads 99 (weights: 4)" in printed
+    model, tokenizer = load(tmp_path / "x.pt")
+    assert (model.config, tokenizer.model) == (TINY, pieces)
+    expected = spread(TINY).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+
+
+def test_other_precisions_and_a_tied_head_convert_to_what_transformers_loads(hub, tmp_path):
+    weights = {"lm_head.weight": None, "shared.weight": torch.randn(500, 64).half(),
+               Q: torch.randn(64, 64).bfloat16(), Q.replace("q.w", "k.w"): torch.eye(64).double()}
+    folder = hub(FORMS[1], weights, tie_word_embeddings=True)
+    convert(folder, tmp_path / "x.pt")
+    ours = load(tmp_path / "x.pt")[0]
+    theirs = transformers.MT5ForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(**inputs(*batch())).loss.item()
+        assert ours(*batch()).item() == pytest.approx(expected, rel=1e-5)
+
+
+REFUSED = [  # what hub() is given, what the message says
+    *(({name: 7}, f"{name} {right!r}, as mT5 has it, found 7") for name, right in {
+        "model_type": "mt5", "feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu_new",
+        "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1,
+        "forced_bos_token_id": None}.items()),
+    (dict(files={"generation_config.json": {"eos_token_id": 2}}), "generation_config"),
+    (dict(files={"added_tokens.json": {"<hl>": 500, "<extra_id_0>": 501}}), "found <hl>:"),
+    (dict(files={"tokenizer_config.json": {"added_tokens_decoder": {
+        "0": {"content": "<pad>"}, "500": {"content": "<sep>"}}}}), "found <sep>:"),
+    (dict(files={"tokenizer.json": {"added_tokens": [{"id": 500, "content": "<hl>"}]}}), "<hl>"),
+    (dict(weights={Q: torch.full((64, 64), math.nan)}), f"{Q} has numbers that are not finite"),
+    (dict(weights={Q: None}), "layers.1.attention.q.weight"),
+    (dict(weights={mt5.ALIASES[0]: torch.zeros(500, 64)}), mt5.ALIASES[0]),
+    (dict(weights={Q.replace("q.w", "relative_attention_bias.w"): torch.ones(32, 4)}), "umT5"),
+    (dict(weights={"encoder.block.0.layer.1.DenseReluDense.wi_0.weight": None}), "T5 1.0"),
+    (dict(weights={"shared.weight": torch.zeros(400, 64), mt5.ALIASES[0]: None, "lm_head.weight":
+                   torch.zeros(400, 64), mt5.ALIASES[1]: None}), "at most 400 pieces"),
+    (dict(missing="config.json"), "config.json"),
+    (dict(missing="spiece.model"), "copy it from the model that this one was tuned from"),
+    (dict(missing="pytorch_model.bin"), "expected model.safetensors or pytorch_model.bin"),
+    (dict(files={"config.json": [1]}), "config.json: expected a JSON object"),
+]
+
+
+@pytest.mark.parametrize("form, words", REFUSED, ids=[words for _, words in REFUSED])
+def test_what_would_give_other_outputs_is_refused_by_name(hub, tmp_path, form, words, capsys):
+    refuses(capsys, ["model.py: ", words], mt5.main,
+            ["convert", str(hub(**form)), str(tmp_path / "x.pt")])
+    assert not (tmp_path / "x.pt").exists()
+
+
+@pytest.mark.parametrize("count, offsets, more", [  # of 16 bytes; more: in the header's length
+    (4, [0, 20], 0), (5, [0, 20], 0), (4, [-16, 16], 0), (3, [0, 16], 0), (4, [0, 16], 99)])
+def test_damaged_safetensors_are_refused_in_one_line(hub, tmp_path, capsys, count, offsets, more):
+    path = hub(FORMS[1]) / FORMS[1]
+    header = json.dumps({"a": {"dtype": "F32", "shape": [count], "data_offsets": offsets}}).encode()
+    path.write_bytes((len(header) + more).to_bytes(8, "little") + header + bytes(16))
+    refuses(capsys, ["model.py: ", FORMS[1]], mt5.main,
+            ["convert", str(path.parent), str(tmp_path / "x.pt")])
+
+
+def test_an_exported_folder_gives_the_same_logits_and_ids_in_transformers(tmp_path, pieces):
+    tokenizer, model = Tokenizer(pieces), spread(replace(TINY, dropout_rate=0.2))
+    save(tmp_path / "x.pt", model, tokenizer)
+    folder = tmp_path / "deep" / "folder"
+    export(tmp_path / "x.pt", folder)
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    real = batch()[2] != IGNORE
+    with torch.no_grad():
+        expected = theirs(**inputs(*batch())).logits
+        assert relative(model.logits(*batch())[real], expected[real]) < 2e-5
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert len(their_tokenizer) == len(tokenizer), "no sentinels added to those it has"
+    for text in TEXTS[:4]:  # transformers' has no byte fallback: it writes <unk>
+        assert their_tokenizer(text).input_ids == tokenizer.encode(text), text
+    their_tokenizer.save_pretrained(folder)  # lists tokens in its own way: none too many
+    assert (folder / "tokenizer.json").exists()
+    convert(folder, tmp_path / "y.pt")
+    assert load(tmp_path / "y.pt")[0].config == model.config
+
+
+def test_a_vocabulary_of_byte_pairs_is_not_exported(tmp_path):
+    finished = script("model.py", "export", scoring.TOY_BASE, tmp_path / "toy")
+    assert "no tokenizer is written" in finished.stdout, finished.stderr
+    assert {path.name for path in (tmp_path / "toy").iterdir()} == {
+        "config.json", "pytorch_model.bin"}
+
+
+def test_trimming_keeps_segmentation_states_and_scores(hub, tmp_path):
+    (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"id": 3, "text": TEXTS[1]}) + "\n\n")
+    convert(hub(), tmp_path / "full.pt")
+    convert(hub(), tmp_path / "small.pt", trim=[tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
+    (full, tokenizer), (small, trimmed) = load(tmp_path / "full.pt"), load(tmp_path / "small.pt")
+    kept = tokenizer.needed(TEXTS[:2])
+    assert len(trimmed) == len(kept) == small.config.vocab_size < len(tokenizer)
+    for text in TEXTS[:2]:
+        ids, few = (torch.tensor([one.encode(text)]) for one in (tokenizer, trimmed))
+        assert torch.tensor(kept)[few].equal(ids)
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        with torch.no_grad():
+            assert relative(small.encode(few, everywhere), full.encode(ids, everywhere)) < 1e-6
+            assert relative(small.logits(few, everywhere, few),
+                            full.logits(ids, everywhere, ids)[:, :, kept]) < 1e-6
+    for text in TEXTS:  # any text can still be written
+        assert trimmed.decode(trimmed.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+# select.py beside Python's own select, and the README's commands ----------------------------------
+
+@pytest.mark.parametrize("code", [
+    "import torch", "import selectors, subprocess, torch; selectors.DefaultSelector().select(0)",
+    "import select; assert not hasattr(select, 'show'); select.select([], [], [], 0)",
+    *["from concurrent.futures import ThreadPoolExecutor\n"  # many threads import it at once
+      "from threading import Barrier\n"
+      "together = Barrier(8)\n"
+      "for result in ThreadPoolExecutor(8).map(\n"
+      "        lambda _: (together.wait(), __import__('select').select), range(8)):\n"
+      "    result"] * 3])
+def test_python_finds_its_own_select_from_this_folder(code):
+    finished = script("-c", code)
+    assert finished.returncode == 0, finished.stderr
+
+
+def shape(text):
+    """Return the words of each line; numbers are 0, texts, answers, the chosen mark left out."""
+    names = "mended|not mended|reference|usual way|this run|upper bound"
+    text = re.sub(rf"(?m)^({names})[, ]+[^\d\s-].*", r"\1", text).replace("<- chosen", "")
+    return [re.sub(r"-?\d+(\.\d+)?", "0", line).split() for line in text.strip().splitlines()]
+
+
+def test_the_two_commands_of_the_readme_print_what_it_shows(tmp_path):
+    blocks, out = (HERE / "README.md").read_text().split("```")[1::2], "runs/title-en-reg0.1"
+    for command, *more in (("train.py --reg 0.1", "--out", tmp_path / "run", "--device", "cpu"),
+                           (f"select.py {out}",)):
+        shown = next(after for before, after in zip(blocks, blocks[1:]) if command in before)
+        finished = script(*command.replace(out, str(tmp_path / "run")).split(), *more)
+        assert finished.returncode == 0, finished.stderr
+        found = finished.stdout.replace(str(tmp_path / "run"), out)
+        assert shape(found) == shape(shown), f"README, {command}: expected what it prints, {found}"
 
 
 # lab/ ---------------------------------------------------------------------------------------------
 
-
-def lab(script, *words):
-    return subprocess.run([sys.executable, HERE / "lab" / script, *map(str, words)], cwd=HERE,
-                          capture_output=True, text=True, timeout=300)
-
-
-def tiny_run(reg, seed, rows):
-    """Return a run; rows: (XLRS, development loss, ROUGE-L, English %), the base first."""
-    base, *checkpoints = [
-        {"step": step, "xlrs": {"de": xlrs}, "dev_loss": dev_loss,
-         "test": {"de": dict.fromkeys(claims.SCORES.values(), english) | {"rougeL": rouge}}}
-        for step, (xlrs, dev_loss, rouge, english) in enumerate(rows)]
-    return dict(task="title", train=["en"], reg=reg, reg_floor=-0.5, freeze=[], lr=5e-4, steps=2,
-                seed=seed, base=base, checkpoints=checkpoints)
-
-
 def test_the_claims_of_four_tiny_runs_are_as_worked_by_hand(tmp_path, capsys):
-    base = (0.5, 9.0, 10.0, 0.0)
-    runs = [tiny_run(0.0, 1, [base, (0.6, 2.0, 60.0, 10.0), (0.7, 1.0, 40.0, 40.0)]),
-            tiny_run(0.0, 2, [base, (0.6, 2.0, 62.0, 10.0), (0.9, 1.0, 40.0, 40.0)]),
-            tiny_run(0.1, 1, [base, (-0.6, 2.0, 70.0, 5.0), (-0.7, 1.0, 65.0, 10.0)]),
-            tiny_run(0.1, 2, [base, (-0.6, 2.0, 72.0, 5.0), (-0.7, 1.0, 65.0, 10.0)])]
+    def run(reg, seed, *rows):
+        base, *checkpoints = [
+            {"step": step, "xlrs": {"de": xlrs}, "dev_loss": dev_loss,
+             "test": {"de": dict.fromkeys(claims.SCORES.values(), english) | {"rougeL": rouge}}}
+            for step, (xlrs, dev_loss, rouge, english) in enumerate([(0.5, 9, 10, 0), *rows])]
+        return dict(task="title", train=["en"], reg=reg, reg_floor=-0.5, freeze=[], lr=5e-4,
+                    steps=2, seed=seed, base=base, checkpoints=checkpoints)
+    runs = [run(0.0, 1, (0.6, 2.0, 60.0, 10.0), (0.7, 1.0, 40.0, 40.0)),
+            run(0.0, 2, (0.6, 2.0, 62.0, 10.0), (0.9, 1.0, 40.0, 40.0)),
+            run(0.1, 1, (-0.6, 2.0, 70.0, 5.0), (-0.7, 1.0, 65.0, 10.0)),
+            run(0.1, 2, (-0.6, 2.0, 72.0, 5.0), (-0.7, 1.0, 65.0, 10.0))]
     (tmp_path / "runs.json").write_text(json.dumps(runs))
     claims.main([str(tmp_path / "runs.json"), "--out", str(tmp_path / "again.json")])
     table = capsys.readouterr().out.split("\n\n")[0].splitlines()[3:]
@@ -1565,18 +1311,11 @@ def test_the_claims_of_four_tiny_runs_are_as_worked_by_hand(tmp_path, capsys):
 
 
 def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path):
-    finished = lab("claims.py", "lab/results/grid.json", "--plot", tmp_path / "runs.svg")
+    finished = script("lab/claims.py", "lab/results/grid.json", "--plot", tmp_path / "runs.svg")
     assert finished.returncode == 0, finished.stderr
     first = finished.stdout.split("\n\n")[0].splitlines()
     assert [line[0] for line in first[3:]] == list("1123333333334")
     assert finished.stdout.count("\n") <= 80 and "<svg" in (tmp_path / "runs.svg").read_text()
-
-
-def test_what_is_no_run_is_refused_in_one_line(tmp_path):
-    (tmp_path / "runs.json").write_text('[{"task": "title"}]')
-    finished = lab("claims.py", tmp_path / "runs.json")
-    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1)
-    assert "runs.json: expected a run" in finished.stderr
 
 
 def test_masked_spans_go_to_the_target_in_order():
@@ -1598,8 +1337,9 @@ def test_random_spans_are_disjoint_and_cover_the_density(length):
 
 
 def test_pretraining_lowers_the_loss_and_leaves_a_base(tmp_path):
-    finished = lab("pretrain.py", "--steps", 8, 4, "--batch-size", 8, "--out", tmp_path / "base.pt")
+    finished = script("lab/pretrain.py", "--steps", 8, 4, "--batch-size", 8, "--out",
+                      tmp_path / "base.pt")
     assert finished.returncode == 0, finished.stderr
     model, tokenizer = mt5.load(tmp_path / "base.pt")
     assert len(tokenizer) == model.config.vocab_size
-    assert json.loads(finished.stdout)["dev_loss"] < np.log(len(tokenizer)) - 1  # a guess has that
+    assert json.loads(finished.stdout)["dev_loss"] < math.log(len(tokenizer)) - 1  # above: a guess

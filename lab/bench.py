@@ -18,11 +18,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import functools
 import itertools
 import statistics
 import subprocess
 import tempfile
-import time
+import timeit
 
 import torch
 import transformers
@@ -65,20 +66,23 @@ def batches():
 def bench_step(repeats):
     """A training step, without and with AdamW's update."""
     ours, theirs = rivals()
-    steps = {"ours": lambda ids, mask, labels: ours(ids, mask, labels),
-             "transformers": lambda ids, mask, labels: theirs(
-                 input_ids=ids, attention_mask=mask, labels=labels).loss}
-    for update in (False, True):
-        optimizers = {name: torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
-                      for name, model in (("ours", ours), ("transformers", theirs))}
+    for update, label in ((False, ""), (True, ", with AdamW")):
+        compare(f"step of {PAIRS} pairs{label}, s", repeats,
+                training_step(ours, ours, update),
+                training_step(theirs, lambda ids, mask, labels: theirs(
+                    input_ids=ids, attention_mask=mask, labels=labels).loss, update))
 
-        def step(name, batch, optimizers=optimizers, update=update):
-            steps[name](*batch).backward()
-            if update:
-                optimizers[name].step()
-            optimizers[name].zero_grad()
-        compare(f"step of {PAIRS} pairs{', with AdamW' if update else ''}, s", step, batches(),
-                repeats)
+
+def training_step(model, loss, update):
+    """Return a function of (input_ids, mask, labels): a step of the model."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr=1e-4, fused=True)
+
+    def step(*batch):
+        loss(*batch).backward()
+        if update:
+            optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 @torch.no_grad()
@@ -86,24 +90,20 @@ def bench_generate(repeats):
     """Generation of at most 32 tokens."""
     ours, theirs = (model.eval() for model in rivals())
     for beams in (1, 4):
-        def generate(name, batch, beams=beams):
-            ids, mask, _ = batch
-            if name == "ours":
-                return ours.generate(ids, mask, 32, beams)
-            return theirs.generate(input_ids=ids, attention_mask=mask, max_new_tokens=32,
-                                   num_beams=beams, do_sample=False)
-        compare(f"generation, {beams} beam{'s' * (beams > 1)}, s", generate, batches(), repeats)
+        compare(f"generation, {beams} beam{'s' * (beams > 1)}, s", repeats,
+                lambda ids, mask, _, beams=beams: ours.generate(ids, mask, 32, beams),
+                lambda ids, mask, _, beams=beams: theirs.generate(
+                    input_ids=ids, attention_mask=mask, max_new_tokens=32, num_beams=beams,
+                    do_sample=False))
 
 
-def compare(figure, function, inputs, repeats):
-    """Print the median times of function(name, batch) for both names, by turns, and their ratio."""
-    times = {"ours": [], "transformers": []}
-    for batch in itertools.islice(inputs, repeats + 1):  # the first warms up
-        for name, taken in times.items():
-            began = time.perf_counter()
-            function(name, batch)
-            taken.append(time.perf_counter() - began)
-    ours, theirs = (taken[1:] for taken in times.values())
+def compare(figure, repeats, *functions):
+    """Print the median times of two functions of a batch, by turns, and their ratio."""
+    times = [], []
+    for batch in itertools.islice(batches(), repeats + 1):  # the first warms up
+        for taken, function in zip(times, functions):
+            taken.append(timeit.timeit(functools.partial(function, *batch), number=1))
+    ours, theirs = (taken[1:] for taken in times)
     ratios = [b / a for a, b in zip(ours, theirs)]
     print(f"{figure}: {statistics.median(ours):.2f}, transformers {statistics.median(theirs):.2f}; "
           f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
@@ -111,20 +111,22 @@ def compare(figure, function, inputs, repeats):
 
 def bench_run(repeats):
     """The README's first command, alone and two at once; threads sleep later or at once."""
-    script = Path(__file__).resolve().parents[1] / "train.py"
-    for spins, count in (("2000", 1), ("2000", 2), ("0", 1), ("0", 2)):
-        taken = []
-        for _ in range(repeats):
-            with tempfile.TemporaryDirectory() as folder:
-                began = time.perf_counter()
-                runs = [subprocess.Popen(
-                    [sys.executable, script, "--reg", "0.1", "--out", f"{folder}/{number}"],
-                    env={**os.environ, "GOMP_SPINCOUNT": spins}, stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL) for number in range(count)]
-                assert not any(run.wait() for run in runs)
-                taken.append(time.perf_counter() - began)
+    for spins, count in itertools.product(("2000", "0"), (1, 2)):
+        taken = timeit.repeat(functools.partial(default_runs, spins, count), number=1,
+                              repeat=repeats)
         print(f"default run, {count} at once, GOMP_SPINCOUNT={spins}: "
               f"{statistics.median(taken):.0f} s ({min(taken):.0f} to {max(taken):.0f})")
+
+
+def default_runs(spins, count):
+    """Do the README's first command, count times at once."""
+    words = [sys.executable, Path(train.__file__), "--reg", "0.1", "--out"]
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [subprocess.Popen([*words, f"{folder}/{number}"], stdout=subprocess.DEVNULL,
+                                 stderr=subprocess.DEVNULL,
+                                 env={**os.environ, "GOMP_SPINCOUNT": spins})
+                for number in range(count)]
+        assert not any(run.wait() for run in runs)
 
 
 def bench_score(repeats):
@@ -137,11 +139,7 @@ def bench_score(repeats):
             ("ROUGE-L", lambda: scoring.rouge_l(texts, others)),
             ("rouge_score", lambda: [scorer.score(*pair) for pair in zip(others, texts)]),
             ("identified", lambda: identifier.predict(texts))):
-        taken = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - began)
+        taken = timeit.repeat(function, number=1, repeat=repeats)
         print(f"{name}: {len(texts) / statistics.median(taken):,.0f} texts a second")
 
 

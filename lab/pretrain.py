@@ -35,7 +35,7 @@ import data
 import eval as scoring
 from data import EOS, PAD
 from model import MT5, MT5Config, save
-from xlrs import pool, similarity
+from xlrs import pool, xlrs
 
 LANGUAGES = ["en", *(language for language in data.TOY_LANGUAGES if language != "en")]
 UNSEEN = 10**6  # number of a group beyond any step (data.batches): the development set
@@ -53,10 +53,9 @@ def main(argv=None):
                           num_decoder_layers=2, num_heads=4))
     copy_at_first(model)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
-    draw = corruption(tokenizer, args)
-    batches = batches_of(draw, args)
     model.eval()  # nothing is dropped out, as in mT5's pre-training
-    for step, batch in zip(tqdm(range(1, sum(args.steps) + 1), desc="pre-training"), batches):
+    steps = tqdm(range(1, sum(args.steps) + 1), desc="pre-training")
+    for step, batch in zip(steps, batches_of(tokenizer, args)):
         optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
         loss = model(*batch)
         optimizer.zero_grad()
@@ -64,17 +63,18 @@ def main(argv=None):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 1000 == 0 or step == sum(args.steps):
-            measured = measure(model, tokenizer, draw(UNSEEN, 256), parallel)
+            unseen = corruption(UNSEEN, 256, tokenizer, args)
+            measured = measure(model, tokenizer, unseen, parallel)
             print(json.dumps({"step": step, **measured}), flush=True)
             save(args.out, model, tokenizer)
 
 
-def batches_of(draw, args):
+def batches_of(tokenizer, args):
     """Yield batches for ever, as data.collate() makes them, those of a group alike in length."""
     for group in itertools.count():
+        examples = corruption(group, data.GROUP * args.batch_size, tokenizer, args)
         rng = np.random.default_rng([args.seed, group, 1])
-        yield from data.of_similar_length(draw(group, data.GROUP * args.batch_size),
-                                          args.batch_size, rng)
+        yield from data.of_similar_length(examples, args.batch_size, rng)
 
 
 def schedule(step, phases, warmup=20):
@@ -99,14 +99,14 @@ def copy_at_first(model):
 @torch.no_grad()
 def measure(model, tokenizer, examples, parallel):
     """Return what is known of a model: {"dev_loss", "xlrs": {LANG: …}, "retrieval": {LANG: …}}."""
-    vectors = {}  # language -> (100, D)
-    for language, texts in parallel.items():
-        input_ids, mask, _ = data.collate([(tokenizer.encode(text), [EOS]) for text in texts[:100]])
-        vectors[language] = pool(model.encode(input_ids, mask), mask)
-    source = vectors.pop("en")
+    vectors = []
+    for texts in parallel.values():
+        input_ids, mask = data.pad_source([tokenizer.encode(text) for text in texts[:100]])
+        vectors.append(pool(model.encode(input_ids, mask), mask))  # (100, D)
+    found = [retrieval(vectors[0][:64], other[:64]) for other in vectors[1:]]
     return {"dev_loss": scoring.mean_loss(model, examples),
-            "xlrs": {lang: similarity(source, vectors[lang]).mean().item() for lang in vectors},
-            "retrieval": {lang: retrieval(source[:64], vectors[lang][:64]) for lang in vectors}}
+            "xlrs": dict(zip(LANGUAGES[1:], xlrs(torch.stack(vectors)).tolist())),
+            "retrieval": dict(zip(LANGUAGES[1:], found))}
 
 
 def retrieval(source, other):
@@ -126,7 +126,7 @@ def vocabulary_text(parallel):
     """Yield the lines that the vocabulary is trained on."""
     for language in LANGUAGES:
         for story in data.stories("pretrain", 3000):
-            yield from document(story, language)
+            yield from itertools.chain(*data.tell(story, language).values())
     for sentences in parallel.values():
         yield from sentences[100:]
 
@@ -173,26 +173,20 @@ def page(rng, bilingual):
     return [(name, side[name][i]) for name, i in chosen for side in sides]
 
 
-def document(story, language):
-    """Return all that is told of the story in a language, a list of sentences."""
-    return list(itertools.chain(*data.tell(story, language).values()))
-
-
 # Span corruption: mT5's pre-training task.
 
-def corruption(tokenizer, args, density=0.25, whole_sentences=0.4):
-    """Return a draw function for batches_of(): pages with spans masked.
+def corruption(group, count, tokenizer, args, density=0.25, whole_sentences=0.4):
+    """Return count examples, (source ids, target ids): pages with spans masked.
 
     On a share of whole_sentences of the pages one or two sentences are masked, on the others random
     spans of density of the ids. A title, summary or ending is masked whole in a collection alone: a
     page that asked for a story's would show what fine-tuning is to teach. In the second phase the
     sentences of stories are not masked whole either, those of collections twice as often: a base
     that has learnt to fill in those answers any story with one. The numbers are ours: mT5 has 0.15
-    and no whole sentences.
+    and no whole sentences. group: the examples depend on its number and args.seed alone.
     """
-    sentinels = tokenizer.sentinels
-
-    def example(rng, group):
+    rng, examples = np.random.default_rng([args.seed, group]), []
+    for _ in range(count):
         names, texts = zip(*page(rng, args.bilingual))
         sentences = [tokenizer.encode(text)[:-1] for text in texts]
         ids = sum(sentences, [])
@@ -201,17 +195,13 @@ def corruption(tokenizer, args, density=0.25, whole_sentences=0.4):
         if group * data.GROUP >= args.steps[0]:
             share = 0 if "story" in names else 2 * share
         if rng.random() < share:
-            ends = np.cumsum([len(sentence) for sentence in sentences])
+            ends = [0, *itertools.accumulate(map(len, sentences))]
             masked = sorted(rng.choice(maskable, rng.choice([1, 1, 2]), replace=False))
-            spans = [(int(ends[i]) - len(sentences[i]), int(ends[i])) for i in masked]
+            spans = [(ends[i], ends[i + 1]) for i in masked]
         else:
             spans = random_spans(len(ids), rng, density)
-        return mask_spans(ids, spans, sentinels)
-
-    def draw(group, count):
-        rng = np.random.default_rng([args.seed, group])
-        return [example(rng, group) for _ in range(count)]
-    return draw
+        examples.append(mask_spans(ids, spans, tokenizer.sentinels))
+    return examples
 
 
 def mask_spans(ids, spans, sentinels):
@@ -246,14 +236,15 @@ def partition(total, parts, rng):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="Pre-train the toy base by span corruption.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", metavar="FILE", default="toy/base.pt", help="what to write")
-    parser.add_argument("--steps", type=int, nargs=2, default=[7000, 2000], metavar="N",
-                        help="updates in the two phases, see corruption()")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
-    parser.add_argument("--bilingual", type=float, default=0.2, metavar="SHARE",
-                        help="share of pages that are in two languages, 0 to 1")
-    parser.add_argument("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="pages a step")
+    add = parser.add_argument
+    add("--out", metavar="FILE", default="toy/base.pt", help="what to write")
+    add("--steps", type=int, nargs=2, default=[7000, 2000], metavar="N",
+        help="updates in the two phases, see corruption()")
+    add("--seed", type=int, default=0, metavar="N", help="of all that is random")
+    add("--bilingual", type=float, default=0.2, metavar="SHARE",
+        help="share of pages that are in two languages, 0 to 1")
+    add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
+    add("--batch-size", type=int, default=32, metavar="N", help="pages a step")
     return parser.parse_args(argv)
 
 
