@@ -345,6 +345,7 @@ def test_padding_changes_neither_states_nor_loss_nor_outputs(pair, left, right):
         assert relative(found, ours.encode(ids, mask)) < 1e-5
         found = ours(wide, wide_mask, F.pad(labels, (0, right), value=IGNORE)).item()
         assert found == pytest.approx(ours(ids, mask, labels).item(), rel=1e-6)
+        assert ours.encode(ids, torch.zeros_like(mask)).isfinite().all(), "nothing but padding"
     for beams in (1, 4):
         assert torch.equal(ours.generate(wide, wide_mask, 20, beams),
                            ours.generate(ids, mask, 20, beams))
@@ -627,7 +628,6 @@ def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, monkeypatch, na
     assert "\n" not in line and len(line) < 500
     for part in parts:
         assert part in line
-
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -1174,6 +1174,7 @@ REFUSED = [  # what hub() is given, what the message says
     (dict(files={"tokenizer.json": {"added_tokens": [{"id": 500, "content": "<hl>"}]}}), "<hl>"),
     (dict(weights={Q: torch.full((64, 64), math.nan)}), f"{Q} has numbers that are not finite"),
     (dict(weights={Q: None}), "layers.1.attention.q.weight"),
+    (dict(weights={"x": Harmful()}), "UnpicklingError"),
     (dict(weights={mt5.ALIASES[0]: torch.zeros(500, 64)}), mt5.ALIASES[0]),
     (dict(weights={Q.replace("q.w", "relative_attention_bias.w"): torch.ones(32, 4)}), "umT5"),
     (dict(weights={"encoder.block.0.layer.1.DenseReluDense.wi_0.weight": None}), "T5 1.0"),
