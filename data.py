@@ -11,7 +11,6 @@ import json
 import os
 import random
 import re
-import sys
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,14 +32,13 @@ def batches(pairs, tokenizer, args, start=0):
     Batch k depends on args.seed and k alone. Passes over all pairs, each in a new order.
     pairs: [(source, target), …], texts; args: batch_size, seed, max_source, max_target.
     """
-    group, done = divmod(start, GROUP)
-    size = GROUP * args.batch_size
-    order = itertools.islice(passes(len(pairs), args.seed), group * size, None)
-    while True:
+    first, size = start // GROUP, GROUP * args.batch_size
+    order = itertools.islice(passes(len(pairs), args.seed), first * size, None)
+    for group in itertools.count(first):
         examples = [encode_pair(pairs[i], tokenizer, args) for i in itertools.islice(order, size)]
         rng = np.random.default_rng([args.seed, group])
+        done = max(0, start - group * GROUP)  # of the first group, the batches before start
         yield from of_similar_length(examples, args.batch_size, rng)[done:]
-        group, done = group + 1, 0
 
 
 def passes(count, seed):
@@ -64,8 +62,7 @@ def parallel_batches(parallel, tokenizer, args, start=0):
     """
     lines = len(next(iter(parallel.values())))
     for step in itertools.count(start):
-        rng = np.random.default_rng([args.seed, step, 2])
-        chosen = rng.integers(lines, size=args.reg_batch)
+        chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
         yield [pad_source([tokenizer.encode(sentences[i], args.max_source) for i in chosen])
                for sentences in parallel.values()]
 
@@ -112,8 +109,7 @@ def files_by_language(words):
     for word in words:
         language, equals, path = word.partition("=")
         if not language or (equals and not path) or language in paths:
-            found = " ".join(words)
-            raise ValueError(f"expected each language once, as LANG or LANG=FILE, found {found}")
+            raise ValueError(f"expected each language once, as LANG or LANG=FILE, found {words}")
         paths[language] = path or None
     return paths
 
@@ -123,10 +119,9 @@ def load_texts(args):
     parallel and held_out {language: sentences}, to regularise on and to measure on."""
     train = task_pairs(args.train, args, "train", args.train_size, args.seed)
     parallel, held_out = parallel_texts(args) if args.parallel else ({}, {})
-    return SimpleNamespace(train=list(itertools.chain(*train.values())), parallel=parallel,
+    return SimpleNamespace(train=sum(train.values(), []), parallel=parallel, held_out=held_out,
                            dev=task_pairs(args.dev, args, "dev", args.eval_size),
-                           test=task_pairs(args.test, args, "test", args.test_size),
-                           held_out=held_out)
+                           test=task_pairs(args.test, args, "test", args.test_size))
 
 
 def task_pairs(words, args, split, count, seed=1):
@@ -135,13 +130,12 @@ def task_pairs(words, args, split, count, seed=1):
     count None: a file whole; of the toy world 4,000 stories to train on, else 200.
     args: task, of the toy world; fields, "SOURCE,TARGET", the columns of files.
     """
-    pairs, toy_count = {}, count or (4000 if split == "train" else 200)
-    for language, path in files_by_language(words or ()).items():
+    pairs, size = {}, count or (4000 if split == "train" else 200)  # size: toy stories
+    for lang, path in files_by_language(words or ()).items():
         if path:
-            pairs[language] = read_pairs(path, args.fields.split(","))[:count]
+            pairs[lang] = read_pairs(path, args.fields.split(","))[:count]
         else:
-            pairs[language] = [toy_pair(story, language, args.task)
-                               for story in stories(split, toy_count, seed)]
+            pairs[lang] = [toy_pair(story, lang, args.task) for story in stories(split, size, seed)]
     return pairs
 
 
@@ -151,12 +145,11 @@ def parallel_texts(args):
     Of the toy world these are sources of the task. At most args.eval_size sentences, and at most
     half of them, are to measure on.
     """
-    paths = files_by_language(args.parallel)
-    source = languages(args)[0]
+    source, paths = languages(args)[0], files_by_language(args.parallel)
     if source not in paths or len(paths) < 2 or len(set(map(bool, paths.values()))) > 1:
-        raise ValueError(f"--parallel: expected the source {source} and others, all of the toy "
-                         f"world or all LANG=FILE, found {' '.join(args.parallel)}")
-    paths = {source: paths.pop(source), **paths}
+        raise ValueError(f"--parallel: expected the source language {source} and others, all of "
+                         f"the toy world or all LANG=FILE, found {args.parallel}")
+    paths = {source: paths[source], **paths}
     if paths[source] is None:
         drawn = stories("parallel", 300 + args.eval_size)
         texts = {lang: [toy_pair(story, lang, args.task)[0] for story in drawn] for lang in paths}
@@ -178,21 +171,19 @@ def read_pairs(path, fields=("source", "target")):
     path: `.jsonl`, `.tsv` or `.csv` with a header, or "SOURCE_FILE,TARGET_FILE" of aligned lines.
     fields: the names of the source's and the target's column.
     """
-    path = str(path)
+    path, pairs = str(path), []
     if not path.endswith((".jsonl", ".tsv", ".csv")):
         source, comma, target = path.partition(",")
         if not comma:
-            raise ValueError(f"{path}: expected a name that ends in .jsonl, .tsv or .csv, "
-                             "or two aligned text files as SOURCE_FILE,TARGET_FILE")
+            raise ValueError(f"{path}: expected .jsonl, .tsv, .csv, or SOURCE_FILE,TARGET_FILE")
         return list(zip(*read_parallel({"source": source, "target": target}).values()))
-    pairs = []
     for line, row in json_rows(path) if path.endswith(".jsonl") else table_rows(path):
-        pair = tuple(row.get(field) for field in fields)
-        for field, text in zip(fields, pair):
+        for field in fields:
+            text = row.get(field)
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{path}:{line}: expected text as {field!r}, found {text!r} among "
-                                 f"{', '.join(row)}; mend or remove the line, or see --fields")
-        pairs.append(pair)
+                raise ValueError(f"{path}:{line}: expected text as {field!r}, found {text!r}; mend "
+                                 f"or remove this line, or choose --fields from {', '.join(row)}")
+        pairs.append(tuple(row[field] for field in fields))
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found none")
     return pairs
@@ -204,31 +195,31 @@ def json_rows(path):
         if not line.strip():
             continue
         try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError):
-            found = repr(line[:40])
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {found}") from None
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}")
         yield number, row
 
 
 def table_rows(path):
     """Yield (line number, {column: text}) of a table with a header; line breaks may be quoted."""
-    csv.field_size_limit(sys.maxsize)  # a text may be as long as the file
+    csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
     separator = "\t" if path.endswith(".tsv") else ","
     lines = (line + "\n" for line in each_line(path))
-    reader = csv.DictReader(lines, delimiter=separator, strict=True)
+    table = csv.DictReader(lines, delimiter=separator, restval="", strict=True)
     try:
-        for row in reader:
-            texts = list(map(str, row.values()))
+        for row in table:
             if None in row:  # what is beyond the header's last column
-                raise csv.Error(f"more than the header's {len(reader.fieldnames)} columns")
-            if separator == "\t" and any("\t" in text and "\n" in text for text in texts):
-                raise csv.Error("a literal quote, it seems: it opens a field and closes rows later")
-            yield reader.line_num, row
+                raise csv.Error(f"more than the header's {len(table.fieldnames)} columns")
+            if separator == "\t" and any("\t" in text and "\n" in text for text in row.values()):
+                raise csv.Error("a quote that closes rows later, perhaps a literal one")
+            yield table.line_num, row
     except csv.Error as error:
-        raise ValueError(f"{path}:{reader.reader.line_num}: expected a row of the table, found "
-                         f"{error}; put a text with quotes, line breaks or the separator in it "
-                         "between quotes and double its own quotes") from None
+        found = "a carriage return inside a row" if "new-line" in str(error) else error
+        raise ValueError(f"{path}:{table.reader.line_num}: expected a row, found {found}; put each "
+                         "text between quotes and double its own quotes") from None
 
 
 def read_parallel(paths):
@@ -253,8 +244,7 @@ def each_line(path):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: expected UTF-8, found byte "
-                                 f"0x{raw[error.start]:02x}; convert the file") from None
+                raise ValueError(f"{path}:{number}: expected UTF-8: {error}; convert it") from None
             yield line.removesuffix("\n").removesuffix("\r")
 
 
@@ -277,31 +267,26 @@ def write_file(path, content):
     except (OSError, RuntimeError) as error:  # torch.save puts a RuntimeError over the disk's
         temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error.__context__ or error}); what stood "
-                      "there still does; make room, or write elsewhere") from None
+                      "there before still does; make room, or write elsewhere") from None
 
 
 class Tokenizer:
     """mT5's tokenizer: a SentencePiece model, `</s>` after each text, and sentinels.
 
-    model: the bytes of a SentencePiece model (`spiece.model`). Raises ValueError for other bytes.
+    model: the bytes of a SentencePiece model (`spiece.model`). Raises RuntimeError for other
+    bytes, ValueError for a model of another kind.
     sentinels: the ids of `<extra_id_0>`, `<extra_id_1>`, … as far as the vocabulary has them.
     """
 
     def __init__(self, model):
         self.model = bytes(model)
-        self.pieces = sentencepiece.SentencePieceProcessor()
-        try:
-            self.pieces.load_from_serialized_proto(self.model)
-        except RuntimeError:
-            raise ValueError("expected a SentencePiece model, found other bytes") from None
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=self.model)
         found = self.pieces.pad_id(), self.pieces.eos_id(), self.pieces.unk_id()
         if found != (PAD, EOS, UNK):
-            raise ValueError(f"expected mT5's ids of padding, end and unknown, {(PAD, EOS, UNK)}, "
-                             f"found {found}: a SentencePiece model, but another one")
+            raise ValueError(f"expected padding, end, unknown at {PAD, EOS, UNK}, found at {found}")
         # mT5 spells them with SentencePiece's space sign in front, our toy vocabulary without.
-        ids = (max(self.pieces.piece_to_id(f"{space}<extra_id_{i}>") for space in ("▁", ""))
-               for i in range(100))
-        self.sentinels = [piece for piece in ids if piece != UNK]
+        names = [f"{space}<extra_id_{i}>" for i in range(100) for space in ("▁", "")]
+        self.sentinels = [piece for piece in self.pieces.piece_to_id(names) if piece != UNK]
 
     def __len__(self):
         return self.pieces.get_piece_size()
@@ -339,21 +324,18 @@ class Tokenizer:
         """Return a tokenizer with these pieces only, renumbered from 0 in the order they stand.
 
         A text whose pieces are all kept is segmented as before: the scores stay. A model file is
-        a protobuf message, which is a row of fields: a key byte, a length, that many bytes. Key 10
+        a protobuf message, which is a row of fields: a key byte, a length, that many bytes. The
+        length stands in digits to base 128, the lowest first, plus 128 where more follow. Key 10
         is a piece, in the order of ids; what else there is (the normaliser) is copied.
         """
-        ids, model, start, piece = set(ids), bytearray(), 0, 0
-        while start < len(self.model):
-            end, length, shift = start + 1, 0, 0
-            while True:  # the length: seven bits a byte, lowest first, the top bit for "more"
-                length |= (self.model[end] & 127) << shift
-                shift, end = shift + 7, end + 1
-                if self.model[end - 1] < 128:
-                    break
-            if self.model[start] != 10 or piece in ids:
-                model += self.model[start:end + length]
-            piece += self.model[start] == 10
-            start = end + length
+        field = re.compile(rb"(.)([\x80-\xff]*[\x00-\x7f])", re.DOTALL)  # key, length
+        ids, model, piece, end = set(ids), bytearray(), 0, 0
+        while head := field.match(self.model, end):
+            key, digits = head.groups()
+            end = head.end() + sum(digit % 128 * 128**i for i, digit in enumerate(digits))
+            if key[0] != 10 or piece in ids:
+                model += self.model[head.start():end]
+            piece += key[0] == 10
         return Tokenizer(model)
 
 
@@ -365,7 +347,6 @@ TASKS = ("title", "summary", "completion")
 SPLITS = ("pretrain", "train", "dev", "test", "parallel")
 PLOTS = ("lost", "forgotten", "stolen", "broken", "expensive", "old", "painted", "drawn")
 CAST = ("object", "helper", "place", "day", "link")  # entries of one word or phrase
-SLOT = re.compile(r"\{(\w+)(?:\.(\w+))?(?:\?([^{}]*))?\}")
 
 
 @functools.cache
@@ -382,28 +363,24 @@ def world(language):
     parser.read(TOY / f"{language}.ini", encoding="utf-8")
     sections = {name: dict(section) for name, section in parser.items()}
     for name in CAST:
-        forms = sections[name].pop("forms").split(" | ")
-        sections[name] = [lexical_entry(forms, line) for line in sections[name].values()]
+        forms, *lines = (line.split(" | ") for line in sections[name].values())  # forms is first
+        sections[name] = [dict(zip(forms, line, strict=True)) for line in lines]
+        for entry in sections[name]:
+            agree = "mfn".index(entry.pop("agree", "m"))
+            entry.update({"": next(iter(entry.values())), "agree": agree})
     sections["hero"] = [{"": name, "agree": i} for i, gender in enumerate("mf")
                         for name in sections["hero"][gender].split()]
     return sections
 
 
-def lexical_entry(forms, line):
-    """Return the entry of a line of toy/*.ini, see `world`; forms: the names of its columns."""
-    entry = dict(zip(forms, line.split(" | "), strict=True))
-    agree = "mfn".index(entry.pop("agree", "m"))
-    return {**entry, "": next(iter(entry.values())), "agree": agree}
-
-
 def fill(pattern, words):
     """Return pattern with its slots filled from words, the slots inside the words too."""
-    def one(slot):
+    # A slot: {name}, {name.form}, {name?m|f|n}.
+    while slot := re.search(r"\{(\w+)(?:\.(\w+))?(?:\?([^{}]*))?\}", pattern):
         name, form, choices = slot.groups()
-        if choices is not None:
-            return choices.split("|")[words[name]["agree"]]
-        return fill(words[name][form or ""], words)
-    return SLOT.sub(one, pattern)
+        word = choices.split("|")[words[name]["agree"]] if choices else words[name][form or ""]
+        pattern = pattern.replace(slot[0], word)
+    return pattern
 
 
 def stories(split, count, seed=0):
@@ -412,8 +389,7 @@ def stories(split, count, seed=0):
     A story belongs to one split alone, by a checksum of its choices, so that no seed can put a
     test story into training. split: one of SPLITS.
     """
-    rng = random.Random(f"{split} {seed}")
-    found = {}
+    rng, found = random.Random(f"{split} {seed}"), {}
     while len(found) < count:
         story = draw_story(rng)
         if split_of(story) == split:
@@ -428,8 +404,7 @@ def split_of(story):
 
 def draw_story(rng):
     """Return one story: what the causal generator chose. rng: a random.Random."""
-    english = world("en")
-    story = {name: rng.randrange(len(english[name])) for name in ("hero", *CAST)}
+    story = {name: rng.randrange(len(world("en")[name])) for name in ("hero", *CAST)}
     return story | {"plot": rng.choice(PLOTS), "helped": rng.random() < 0.5,
                     "n": rng.randint(2, 9), "opening": rng.choice(["opening_1", "opening_2"])}
 
@@ -439,16 +414,15 @@ def tell(story, language):
     that are right."""
     lexicon, side = world(language), "good" if story["helped"] else "bad"
     plot, frame = lexicon[story["plot"]], lexicon["frame"]
-    words = {name: {"": pattern} for name, pattern in (lexicon["phrases"] | plot).items()}
+    patterns = lexicon["phrases"] | plot | {"outcome": plot[side]}
+    words = {name: {"": pattern} for name, pattern in patterns.items()}
     words |= {name: lexicon[name][story[name]] for name in ("hero", *CAST)}
-    words["outcome"] = {"": plot[side]}
     words["n"] = {"": str(story["n"]), "agree": int(story["n"] > 4)}  # Russian 2–4, 5–9
-    patterns = {"story": [frame[story["opening"]], plot["problem"], plot[side]],
-                "title": frame["title"].split("\n")[1:],
-                "summary": frame[f"summary_{side}"].split("\n")[1:],
-                "completion": frame[f"ending_{side}"].split("\n")[1:]}
-    told = {name: [fill(pattern, words) for pattern in lines] for name, lines in patterns.items()}
-    return {name: [text[0].upper() + text[1:] for text in texts] for name, texts in told.items()}
+    texts = {"story": "\n".join([frame[story["opening"]], plot["problem"], plot[side]]),
+             "title": frame["title"], "summary": frame[f"summary_{side}"],
+             "completion": frame[f"ending_{side}"]}
+    told = {name: fill(text, words).strip().split("\n") for name, text in texts.items()}
+    return {name: [line[0].upper() + line[1:] for line in lines] for name, lines in told.items()}
 
 
 def toy_pair(story, language, task):
@@ -459,6 +433,5 @@ def toy_pair(story, language, task):
     """
     told = tell(story, language)
     if task not in TASKS:
-        raise ValueError(f"{language}: expected {language}=FILE, as for the other texts, or "
-                         f"--task, one of {' '.join(TASKS)}")
+        raise ValueError(f"{language}: expected {language}=FILE, or --task {' or '.join(TASKS)}")
     return " ".join(told["story"]), random.Random(f"{task} {story}").choice(told[task])

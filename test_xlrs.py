@@ -614,7 +614,7 @@ def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_p
     ("a.csv", b"", ["a.csv", "at least one pair"]),
     ("a.csv", b"source,target\na,\xff\n", ["a.csv:2", "UTF-8", "0xff"]),
     ("a.csv", b"source,target\na,b\na,b,c\n", ["a.csv:3", "2 columns"]),
-    ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "new-line"]),
+    ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "carriage return"]),
     ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double its own quotes"]),
     ("a.tsv", b'source\ttarget\none\t"eins\ntwo\tzwei\nthree\tdrei"\n', ["a.tsv:4", "literal"]),
     ("a.txt", b"x\n", ["a.txt", ".jsonl"]), ("en,de", b"a\nb\n|a\n", ["en has 2, de has 1"])])
@@ -1009,7 +1009,7 @@ def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(tmp_p
     (["--freeze", *train.PARTS], ["--freeze", "a part that learns"])])
 def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
     out = [] if words == ["--resume"] else ["--out", str(tmp_path / "run")]
-    refuses(capsys, parts, train.main, [*words, *out])
+    refuses(capsys, parts, train.main, ["--steps", "1", "--test-size", "1", *words, *out])
     assert not (tmp_path / "run").exists()
 
 
