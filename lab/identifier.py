@@ -1,7 +1,7 @@
 """Makes the language identifier's table, toy/lid.bin, from NTREX-128, and measures it.
 
     python lab/identifier.py NTREX_DIR [OUT]       the table: about three minutes on one core
-    python lab/identifier.py --measure DATA_DIR    its figures: about six minutes
+    python lab/identifier.py --measure DATA_DIR    its figures: about two minutes
 
 NTREX-128 is 1,997 lines of news in 128 languages, https://github.com/MicrosoftTranslator/NTREX.
 DATA_DIR has the folders ntrex, tatoeba_dev (CODE.txt), xquad (xquad.LANG.json) and xglue_dev
