@@ -235,8 +235,8 @@ class LanguageIdentifier:
         lines = [written(text) for text in texts]
         flat, scores = self.words(lines)
         scores = self.by_language(scores)  # (W, L)
-        ours, others = scores[:, source], scores.amax(dim=1)
-        hit = ((ours > scores[:, target] + MIXED) & (ours > others - HAIR))[flat]
+        ours, best = scores[:, source], scores.amax(dim=1)
+        hit = ((ours > scores[:, target] + MIXED) & (ours > best - HAIR))[flat]
         rows = self.table[[whole_row(piece) for line in lines for piece in pieces(line)]]
         common = self.by_language(rows)[:, source] * UNIT > COMMON
         small = torch.tensor([word == lower(word) for line in lines for word in line], dtype=bool)

@@ -253,7 +253,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compile", action="store_true", help="compile the model (torch.compile)")
     add("--recompute", action="store_true",
-        help="compute activations again in the backward pass: less memory, a fifth more time")
+        help="compute activations again in the backward pass: less memory, more time")
     args = scoring.complete(parser.parse_args(argv))
     source, in_files, _ = args.train[0].partition("=")
     args.dev = args.dev or (None if in_files else [source])

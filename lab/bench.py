@@ -1,7 +1,7 @@
 """Prints how fast the project is: a step and generation beside transformers', and whole runs.
 
-    python lab/bench.py step generate     # mT5-small's shape, both libraries by turns: 4 minutes
-    python lab/bench.py run               # the default run, alone and two at once: 15 minutes
+    python lab/bench.py step generate     # mT5-small's shape, both libraries by turns: 7 minutes
+    python lab/bench.py run               # the default run, alone and two at once: 21 minutes
     python lab/bench.py score             # metrics: 1 minute
 
 Batches are those that training draws from the toy's summaries; the embedding and the head
