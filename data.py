@@ -55,16 +55,17 @@ def of_similar_length(examples, batch_size, rng):
 
 
 def parallel_batches(parallel, tokenizer, args, start=0):
-    """Yield parallel batches for ever, from number start on: a list of (input_ids, mask).
+    """Yield parallel batches for ever, from number start on: (input_ids, mask).
 
-    input_ids (B, S) int64, mask (B, S) bool: args.reg_batch sentences in one language, the source
-    first; S differs by language. parallel: {language: sentences}, aligned, the source first.
+    input_ids (B, L, S) int64, mask (B, L, S) bool: args.reg_batch sentences, each in every
+    language, the source first. parallel: {language: sentences}, aligned, the source first.
     """
-    lines = len(next(iter(parallel.values())))
+    rows = list(zip(*parallel.values()))  # each a sentence in every language
     for step in itertools.count(start):
-        chosen = np.random.default_rng([args.seed, step, 2]).integers(lines, size=args.reg_batch)
-        yield [pad_source([tokenizer.encode(sentences[i], args.max_source) for i in chosen])
-               for sentences in parallel.values()]
+        rng = np.random.default_rng([args.seed, step, 2])
+        chosen = rng.integers(len(rows), size=args.reg_batch)
+        ids = [tokenizer.encode(text, args.max_source) for i in chosen for text in rows[i]]
+        yield tuple(tensor.unflatten(0, (-1, len(parallel))) for tensor in pad_source(ids))
 
 
 def encode_pair(pair, tokenizer, args):

@@ -5,8 +5,7 @@ Shapes: N texts, B sentences, D width of the encoder, L languages; more where th
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py says why
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", **os.environ}  # see train.py
 
 import argparse
 import functools
@@ -336,13 +335,16 @@ def identifier():
 
 # A model's outputs and its similarity -------------------------------------------------------------
 
+BEAMS = 256  # of a batch: their scores of the next token over mT5's vocabulary take 0.25 GB
+
+
 def in_batches(texts, tokenizer, args, device):
     """Yield (places, input_ids, mask) of texts, the longest first, so that little is padded."""
     size = 2**15 if device.type == "cuda" else 2**13  # source tokens of a batch, with padding
     ids = [tokenizer.encode(text, args.max_source) for text in texts]
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     while order:
-        count = max(1, size // len(ids[order[0]]))
+        count = max(1, min(size // len(ids[order[0]]), BEAMS // args.num_beams))
         places, order = order[:count], order[count:]
         input_ids, mask = data.pad_source([ids[i] for i in places])
         yield places, input_ids.to(device), mask.to(device)
@@ -411,12 +413,21 @@ def say_unidentified(languages):
 
 
 def read_run(folder):
-    """Return (arguments, evaluation rows) of a run folder. Raises FileNotFoundError, ValueError."""
+    """Return (arguments, evaluation rows) of a run folder. Raises FileNotFoundError, ValueError.
+
+    A row's "loss" is the mean of the training losses since the row before.
+    """
     path = Path(folder) / "args.json"
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected a run folder, written by train.py")
-    arguments = argparse.Namespace(**read_json(path)["arguments"])
-    return arguments, [row for row in read_log(folder) if row["kind"] == "eval"]
+    arguments, rows, losses = argparse.Namespace(**read_json(path)["arguments"]), [], []
+    for row in read_log(folder):
+        if row["kind"] == "train":
+            losses.append(row["loss"])
+        else:
+            rows.append(row | {"loss": mean(losses)})
+            losses.clear()
+    return arguments, rows
 
 
 def read_log(folder):
@@ -427,20 +438,36 @@ def read_log(folder):
         return [json.loads(line) for line in lines[:-1]]
 
 
+def progress(args, row):
+    """Return {column: text} of an evaluation row; what was not measured is left out.
+
+    Scores are means over the target languages, those that were not trained on.
+    """
+    learnt, nan = data.files_by_language(args.train), math.nan
+    targets = [scores for lang, scores in row.get("test", {}).items() if lang not in learnt]
+    told = {"loss": (row["loss"], ".3f"), "XLRS": (mean(row.get("xlrs", {}).values()), ".3f"),
+            "source dev loss": (row.get("dev_loss", nan), ".4f"),
+            "target ROUGE-L": (mean(scores["rougeL"] for scores in targets), ".1f"),
+            "wrong %": (mean(scores.get("wrong_language", nan) for scores in targets), ".1f")}
+    return {"step": str(row["step"])} | {name: format(number, digits) for name, (number, digits)
+                                         in told.items() if not math.isnan(number)}
+
+
 def choose_checkpoint(folder, by=None):
     """Return the evaluation row of a run's chosen checkpoint; write its step to selected.json.
 
-    by: as in xlrs.choose; by default "xlrs" where the run measured it, else "dev", else the last.
-    XLRS counts down to the run's floor. The base, step 0, is not on offer: it has not learnt the
-    task, and its XLRS may be the lowest.
+    by: "xlrs", or "dev" for the development loss; by default "xlrs" where the run measured it, else
+    "dev", else the last. XLRS counts down to the run's floor. The base, step 0, is not on offer: it
+    has not learnt the task, and its XLRS may be the lowest.
     """
     args, rows = read_run(folder)
     if not rows:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
     by = by or ("xlrs" if "xlrs" in rows[0] else "dev" if "dev_loss" in rows[0] else "last")
     offered = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
-                "dev": -row.get("dev_loss", math.nan)} for row in rows]
-    chosen = offered[-1] if by == "last" else choose(offered[1:], by, args.reg_floor)
+                "dev_loss": row.get("dev_loss", math.nan)} for row in rows]
+    key = "dev_loss" if by == "dev" else by
+    chosen = offered[-1] if by == "last" else choose(offered[1:], key, args.reg_floor)
     if by == "xlrs" and offered[0]["xlrs"] <= args.reg_floor:
         print(f"{folder}: XLRS of the base, {offered[0]['xlrs']:.3f}, is not above --reg-floor "
               f"{args.reg_floor:g}: there is little to choose by; set a lower floor, or --by dev")

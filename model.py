@@ -76,8 +76,8 @@ class MT5(nn.Module):
         """
         hidden, weight = self.decode(input_ids, mask, labels), self.head.weight
         real = (labels != IGNORE).nonzero(as_tuple=True)
-        if torch.is_grad_enabled():  # torch's loss ignores autocast, and would round to its
-            weight = in_autocast(weight)  # precision: a loss that is only read stays exact
+        if torch.is_grad_enabled():  # torch's loss ignores autocast. In bfloat16 the number it
+            weight = in_autocast(weight)  # returns has three digits: one only read stays exact
         return F.linear_cross_entropy(hidden[real].to(weight.dtype), weight, labels[real],
                                       options=IN_PARTS).float()
 
@@ -92,13 +92,8 @@ class MT5(nn.Module):
     def decode(self, input_ids, mask, labels):
         """Return the final decoder states (B, T, D), each fed the labels before it."""
         fed = F.pad(labels, (1, -1), value=PAD)  # PAD starts the target, too
-        fed = fed.masked_fill(fed == IGNORE, PAD)
-        # One lookup for both, since the gradient of each is as large as the whole embedding.
-        both = self.embedding(torch.cat([input_ids.flatten(), fed.flatten()]))
-        source, target = both.split([input_ids.numel(), fed.numel()])
-        states = self.encoder(source.unflatten(0, input_ids.shape), mask)
-        seen = self.decoder.look_at(states, mask)
-        return self.decoder(target.unflatten(0, fed.shape), seen)[0]
+        fed = self.embedding(fed.masked_fill(fed == IGNORE, PAD))  # (B, T, D)
+        return self.decoder(fed, self.decoder.look_at(self.encode(input_ids, mask), mask))[0]
 
     @torch.no_grad()
     def generate(self, input_ids, mask, max_new_tokens, num_beams=1):
@@ -308,12 +303,15 @@ def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
 
 
 def hide(bias, visible):
-    """Return bias with the lowest number that is finite in bf16 too wherever visible is False.
+    """Return bias with the lowest number that is finite in bf16 too wherever visible is False."""
+    return aligned(in_autocast(torch.where(visible, bias, torch.finfo(torch.bfloat16).min)))
 
-    In the form in which a GPU's fused attention takes it as it is, without a copy in every layer:
-    in autocast's precision, rows beginning at multiples of eight numbers.
+
+def aligned(bias):
+    """Return bias with rows that begin at multiples of eight numbers in memory.
+
+    So a GPU's fused attention takes it as it is, without a copy in every layer.
     """
-    bias = in_autocast(torch.where(visible, bias, torch.finfo(torch.bfloat16).min))
     length = bias.shape[-1]
     return F.pad(bias, (0, -length % 8))[..., :length]
 
@@ -327,25 +325,36 @@ def in_autocast(x):
 # Generation, with the keys and values of what has been generated kept.
 
 def greedy(model, source, count, max_new_tokens):
-    """Return the ids (B, T) of the best token at each step. A sentence that has ended leaves."""
+    """Return the ids (B, T) of the best token at each step.
+
+    Sentences that have ended leave once they are a quarter: to copy what goes on costs as well.
+    """
     ids = torch.full((count, max_new_tokens + 1), PAD, device=model.head.weight.device)
-    going, past = torch.arange(count, device=ids.device), None  # the rows that still go on
+    rows, past = torch.arange(count, device=ids.device), None  # of ids, those still written
+    ended = torch.zeros_like(rows, dtype=torch.bool)
     for t in range(1, max_new_tokens + 1):
-        hidden, past = model.decoder(model.embedding(ids[going, t - 1:t]), source, past)
-        token = model.head(hidden[:, -1]).argmax(dim=-1)
-        ids[going, t] = token
-        stay = (token != EOS).nonzero()[:, 0]
-        if len(stay) == 0:
+        hidden, past = model.decoder(model.embedding(ids[rows, t - 1:t]), source, past)
+        token = model.head(hidden[:, -1]).argmax(dim=-1).masked_fill(ended, PAD)
+        ids[rows, t] = token
+        ended = ended | (token == EOS)
+        going = (~ended).nonzero()[:, 0]
+        if len(going) == 0:
             break
-        if len(stay) < len(going):
-            going, past = going[stay], rows_of(past, stay)
-            source = rows_of(source[0], stay), source[1][stay]
+        if len(going) <= 3 / 4 * len(rows):
+            rows, ended = rows[going], ended[going]
+            past, source = rows_of(past, going), source_rows(source, going)
     return ids[:, 1:t + 1]
 
 
 def rows_of(keys_values, rows):
     """Return the chosen rows of the keys and values of each layer."""
     return [[x[rows] for x in pair] for pair in keys_values]
+
+
+def source_rows(source, rows):
+    """Return the chosen rows of what the decoder sees of the source, look_at()."""
+    keys_values, bias = source
+    return rows_of(keys_values, rows), aligned(bias[rows])
 
 
 def beam_search(model, source, count, max_new_tokens, W):
@@ -359,7 +368,7 @@ def beam_search(model, source, count, max_new_tokens, W):
     device = model.head.weight.device
     rows = torch.arange(count, device=device)[:, None]  # x[rows, order]: each sentence's own
     each = rows.flatten().repeat_interleave(W)
-    source = rows_of(source[0], each), source[1][each]
+    source = source_rows(source, each)
     ids = torch.full((count, W, max_new_tokens + 1), PAD, device=device)
     scores = torch.full((count, W), -math.inf, device=device)
     ended, ended_scores = ids.clone(), scores.clone()

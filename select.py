@@ -22,18 +22,13 @@ if __name__ == "select":
 
 def show(args, rows, chosen):
     """Print a run's evaluation rows as a table, the chosen one marked."""
-    import data
     import eval as scoring
 
-    lines = []
-    for row in rows:
-        system = {"scores": row.get("test", {}), "xlrs": row.get("xlrs", {})}
-        targets = [x for x in system["scores"] if x not in data.files_by_language(args.train)]
-        rouge, wrong, *_ = scoring.columns(system, targets)
-        lines.append([row["step"], f"{scoring.mean(system['xlrs'].values()):.3f}",
-                      f"{row.get('dev_loss', float('nan')):.4f}", rouge, wrong,
-                      "<- chosen" if row["step"] == chosen["step"] else ""])
-    scoring.table(lines, ["step", "XLRS", "source dev loss", "target ROUGE-L", "wrong %", ""])
+    told = [scoring.progress(args, row) for row in rows]
+    names = max(told, key=len)  # the columns of a row that has them all
+    marks = ["<- chosen" if row["step"] == chosen["step"] else "" for row in rows]
+    scoring.table([[row.get(name, "") for name in names] + [mark]
+                   for row, mark in zip(told, marks)], [*names, ""])
 
 
 def main(argv=None):

@@ -9,10 +9,9 @@ Shapes: B sentences, S source tokens, T target tokens, L languages, D width.
 
 import os
 
-# Before torch: threads that wait go to sleep, or two runs would slow each other more than tenfold;
-# but they look 2,000 times before, or a run that is alone would take half as long again.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Before torch: threads that wait sleep, or two runs would slow each other more than tenfold; but
+# they look 2,000 times before, or a run that is alone would take half as long again.
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", **os.environ}
 
 import argparse
 import datetime
@@ -20,6 +19,7 @@ import functools
 import itertools
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
 import data
@@ -36,6 +36,7 @@ from model import load, read_checkpoint, save
 from xlrs import FLOOR, pool, regulariser
 
 PARTS = ("embedding", "encoder", "decoder", "head")
+FULL = "out of memory|ALLOC_FAILED|allocate memory"  # how devices say that their memory is full
 MAY_CHANGE = ("steps", "eval_every", "out", "resume", "device", "compile", "recompute")
 
 
@@ -52,8 +53,7 @@ def train(args):
     folder = claim_folder(args, rank)
     start = resume(folder, model, optimizer, rank, args.steps) if args.resume else 0
     batches = data.batches(texts.train, tokenizer, args, start)
-    parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, start)
-                        if args.reg else itertools.repeat([]))
+    parallel_batches = data.parallel_batches(texts.parallel, tokenizer, args, start)
     try:
         for step in tqdm(range(start, args.steps + 1), desc="training", initial=start,
                          total=args.steps, disable=rank > 0):
@@ -62,31 +62,35 @@ def train(args):
                 save(folder / f"step_{step:06d}.pt", model, tokenizer)
                 log(folder, "eval", step, **measure(model, tokenizer, texts, args, autocast))
                 save_last(folder, model, tokenizer, optimizer, step)
+                tell(folder)
             if step == args.steps:
-                break
+                break  # the last round only measures
             rng = np.random.default_rng([args.seed, step, rank])
             torch.manual_seed(rng.integers(2**63))  # dropout, too, depends on seed, step and rank
             lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
             optimizer.param_groups[0]["lr"] = lr
-            batch, *parallel = [own_rows(tensors, rank, processes, device)
-                                for tensors in [next(batches), *next(parallel_batches)]]
+            batch = own_rows(next(batches), rank, processes, device)
+            parallel = own_rows(next(parallel_batches), rank, processes, device) if args.reg else ()
             with autocast:
                 loss, term = objective(learner, batch, parallel, args.reg_floor)
             (loss + args.reg * term).backward()
             norm = torch.nn.utils.clip_grad_norm_(trainable, 1.0)
-            numbers = torch.stack([loss, term, norm]).tolist()  # one wait for the device
-            if not all(map(math.isfinite, numbers)):
-                raise ValueError(f"step {step + 1}, learning rate {lr:g}: expected finite numbers, "
-                                 f"found loss, term and gradient norm {numbers}; the checkpoints "
-                                 f"in {folder} stand; try a lower --lr")
+            loss, term, norm = torch.stack([loss, term, norm]).tolist()  # one wait for the device
+            if not math.isfinite(loss + term + norm):
+                raise ValueError(f"step {step + 1}, rate {lr:g}: expected finite numbers, found "
+                                 f"loss {loss}, term {term}, gradient norm {norm}; lower --lr")
             optimizer.step()
             optimizer.zero_grad()  # now, so that the next forward pass has their memory
             if rank == 0:
-                log(folder, "train", step + 1, loss=numbers[0], reg=numbers[1], lr=lr)
-    except torch.OutOfMemoryError:
-        if rank == 0:
+                log(folder, "train", step + 1, loss=loss, term=term, lr=lr)
+    except RuntimeError as error:
+        # Not in the first step, in which AdamW's states may be made in part.
+        if rank == 0 and step > start and re.search(FULL, str(error)):
             save_last(folder, model, tokenizer, optimizer, step)
         raise
+    optimizer.state.clear()
+    for weight in model.parameters():
+        weight.data = weight.new_empty(0)  # memory for the models that the report loads
     if rank == 0:
         scoring.choose_checkpoint(folder)  # the lowest XLRS, down to the floor; never the base
         if texts.test:
@@ -98,15 +102,15 @@ def train(args):
 def objective(model, batch, parallel, floor):
     """Return the two parts of `loss = cross-entropy + λ · term`, scalars.
 
-    The term is L − 1 times the regulariser (ours), so that λ is the weight of one other language.
-    batch: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (B, S), mask) of
-    the same sentences in each language, the source first, or nothing.
+    batch: (input_ids (B, S), mask (B, S), labels (B, T)); parallel: (input_ids (B, L, S), mask
+    (B, L, S)), sentences in each language, the source first, or nothing: then the term is 0.
     """
     loss = model(*batch)
     if not parallel:
         return loss, torch.zeros_like(loss)
-    pooled = torch.stack([pool(model.encode(ids, mask), mask) for ids, mask in parallel])
-    return loss, (len(pooled) - 1) * regulariser(pooled, floor)  # pooled (L, B, D)
+    input_ids, mask = (tensor.flatten(0, 1) for tensor in parallel)  # (B * L, S)
+    pooled = pool(model.encode(input_ids, mask), mask).unflatten(0, parallel[0].shape[:2])
+    return loss, regulariser(pooled.transpose(0, 1), floor)  # pooled (B, L, D)
 
 
 def measure(model, tokenizer, texts, args, autocast):
@@ -136,7 +140,7 @@ def prepare(model, args, device, processes):
         getattr(model, part).requires_grad_(False)
     if args.recompute:  # activations in the backward pass, instead of keeping them
         for layer in (*model.encoder.layers, *model.decoder.layers):
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
     if args.compile:
         model.forward, model.encode = torch.compile(model.forward), torch.compile(model.encode)
     learner = model
@@ -148,7 +152,8 @@ def prepare(model, args, device, processes):
 
 # Several processes, started by torchrun. Each draws the same batch and takes its rows of it;
 # DistributedDataParallel makes the mean of their gradients. So the loss is the mean of the
-# processes' means, where one process takes one mean over all tokens and one max(0, …).
+# processes' means, where one process takes one mean over all tokens and one max(0, …). The log has
+# the first process's.
 
 def join_processes():
     """Return (rank of this process, number of processes), after all have found each other."""
@@ -157,21 +162,19 @@ def join_processes():
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    patience = datetime.timedelta(days=1)  # while the first one measures, the others wait
-    distributed.init_process_group(timeout=patience)
+    distributed.init_process_group(timeout=datetime.timedelta(days=1))  # for the one that measures
     return distributed.get_rank(), processes
 
 
 def own_rows(tensors, rank, processes, device):
     """Return this process's rows of a batch's tensors, on the device."""
-    rows = [tensor[rank::processes] for tensor in tensors]
-    if device.type == "cuda":
-        rows = [tensor.pin_memory() for tensor in rows]
-    return [tensor.to(device, non_blocking=True) for tensor in rows]
+    return [tensor[rank::processes].to(device, non_blocking=True) for tensor in tensors]
 
 
 # The run's folder: args.json, log.jsonl, step_NNNNNN.pt at each measurement, and last.pt, from
-# which --resume goes on. What is random in a step depends on --seed, the step and the rank alone.
+# which --resume goes on. What is random in a step depends on --seed, the step and the rank alone:
+# on the same CPU a run that was stopped ends with the bytes of an unbroken one. A GPU sums the
+# loss's gradient in no fixed order (index_add_), so that there no two runs are quite the same.
 
 def claim_folder(args, rank):
     """Return the run's folder with its arguments in it; ValueError where it has another run's."""
@@ -219,6 +222,12 @@ def log(folder, kind, step, **numbers):
         file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
 
 
+def tell(folder):
+    """Print the newest row of the log, above the progress bar."""
+    args, rows = scoring.read_run(folder)
+    tqdm.write("  ".join(map(" ".join, scoring.progress(args, rows[-1]).items())))
+
+
 def save_last(folder, model, tokenizer, optimizer, step):
     """Write last.pt: all that a resume after this step needs."""
     save(folder / "last.pt", model, tokenizer, optimizer=optimizer.state_dict(), step=step)
@@ -262,6 +271,9 @@ def parse_args(argv=None):
         parser.error(f"--dev: expected pairs in the source language {source}, found {args.dev[0]}")
     if args.reg and not args.parallel:
         parser.error("--reg: expected --parallel LANG=FILE …, found none")
+    for flag, rows in (("--batch-size", args.batch_size), ("--reg-batch", args.reg_batch)):
+        if rows < (processes := int(os.environ.get("WORLD_SIZE", 1))):
+            parser.error(f"{flag}: expected a row for each of {processes} processes, found {rows}")
     if args.resume and not args.out:
         parser.error("--resume: expected --out FOLDER, found none")
     if set(args.freeze) == set(PARTS):
@@ -275,7 +287,9 @@ def main(argv=None):
         return train(args)
     except (ValueError, OSError) as error:
         message = error
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not re.search(FULL, str(error)):
+            raise
         message = ("the device's memory is full: go on from the last step with --out, --resume and "
                    "--recompute, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; or start "
                    "anew with a smaller --batch-size, --reg-batch, or model.py convert --trim")

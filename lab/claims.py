@@ -21,8 +21,10 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's folder
 
+import numpy as np
+
 import eval as scoring
-from xlrs import FLOOR, choose, spearman
+from xlrs import FLOOR, choose
 
 SCORES = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_language",
           "mixed %": "mixed", "loops %": "loops"}  # column -> its key in a run's scores
@@ -101,23 +103,22 @@ def print_rates(runs, pair, tasks):
     for name, rate in itertools.product(pair, sorted({run["lr"] for run in runs})):
         rows.append((f"{name} --lr {rate:g}", "dev loss",
                      [run for run in runs if (run["method"], run["lr"]) == (name, rate)]))
-    for label, rule, score in (("the rate of lowest dev loss", "dev loss", "dev"),
-                               ("oracle's rate and step", "oracle", "ROUGE-L")):
-        rows += [(f"{name}, {label}", rule, at_best_rate(runs, name, (rule, score)))
-                 for name in pair]
+    for label, best, key in (("the rate of lowest dev loss", min, ("dev loss", "dev_loss")),
+                             ("oracle's rate and step", max, ("oracle", "ROUGE-L"))):
+        rows += [(f"{name}, {label}", key[0], at_best_rate(runs, name, best, key)) for name in pair]
     print("\nROUGE-L by learning rate, chosen by dev loss:")
     scoring.table([[label, *(cell(alike, task, (rule, "ROUGE-L")) for task in tasks)]
                    for label, rule, alike in rows if alike], ["", *tasks])
 
 
-def at_best_rate(runs, name, key):
-    """Return a method's run of highest facts[key], of each task and seed that has all the rates."""
+def at_best_rate(runs, name, best, key):
+    """Return a method's run of best (min, max) facts[key], of each task and seed with all rates."""
     rates = {}
     for run in runs:
         if run["method"] == name:
             rates.setdefault((run["task"], run["seed"]), []).append(run)
     most = max(map(len, rates.values()), default=0)
-    return [max(alike, key=lambda run: run["facts"][key]) for alike in rates.values()
+    return [best(alike, key=lambda run: run["facts"][key]) for alike in rates.values()
             if len(alike) == most]
 
 
@@ -133,6 +134,23 @@ def print_correlation(runs):
             rows.append([f"{task} {kind}", len(alike), f"{rho:.2f}"])
     print("\nRank correlation of XLRS and ROUGE-L over runs of all rates, at the last step:")
     scoring.table(rows, ["", "runs", "rho"])
+
+
+def spearman(x, y):
+    """Return Spearman's rank correlation of two equally long lists, in [-1, 1]; ties averaged.
+
+    NaN where it is undefined: fewer than two points, or one list constant.
+    """
+    x, y = map(centred_ranks, (x, y))
+    norm = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y) / norm if norm else math.nan
+
+
+def centred_ranks(values):
+    """Return each value's rank less the mean rank, (N,): how many are below, less how many above,
+    halved. Equal values share their mean rank."""
+    values = np.array(values)
+    return np.sign(values[:, None] - values).sum(axis=1) / 2  # (N, N) -> (N,)
 
 
 def print_upper_bound(runs):
@@ -242,7 +260,7 @@ def scores_of(row, source):
     scores = {column: scoring.mean(one[key] for one in targets) for column, key in SCORES.items()}
     xlrs = scoring.mean(row["xlrs"].values())
     return scores | {"source ROUGE-L": row["test"].get(source, {}).get("rougeL", math.nan),
-                     "XLRS": xlrs, "xlrs": xlrs, "dev": -row["dev_loss"], "step": row["step"]}
+                     "XLRS": xlrs, "xlrs": xlrs, "dev_loss": row["dev_loss"], "step": row["step"]}
 
 
 def facts(scores, floor):
@@ -254,7 +272,7 @@ def facts(scores, floor):
     xlrs = [one["XLRS"] for one in scores]
     scores = scores[1:]  # the base is none to choose
     picks = {"last step": scores[-1],
-             "dev loss": choose(scores, "dev"),
+             "dev loss": choose(scores, "dev_loss"),
              "XLRS": choose(scores, "xlrs", floor),
              "lowest XLRS": choose(scores, "xlrs", -1.0),
              "oracle": max(scores, key=lambda one: one["ROUGE-L"])}
