@@ -1071,7 +1071,7 @@ def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(sma
         process.kill()
         process.wait()
     with open(log, "a") as file:  # a step after the last checkpoint, a line torn off
-        file.write('{"kind": "train", "step": 6}\n{"kind": "train", "st')
+        file.write('{"kind": "train", "step": 6, "loss": 1.5}\n{"kind": "train", "st')
     learn(again, "--reg", 0.1, "--resume")
     for path in small_run.glob("step_*.pt"):
         expected, found = (read_checkpoint(run / path.name)["model"] for run in (small_run, again))
