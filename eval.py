@@ -335,7 +335,7 @@ def identifier():
 
 # A model's outputs and its similarity -------------------------------------------------------------
 
-BEAMS = 256  # of a batch: their scores of the next token over mT5's vocabulary take 0.25 GB
+BEAMS = 100  # of a batch: their scores over mT5's vocabulary take 0.1 GB, a few times over
 
 
 def in_batches(texts, tokenizer, args, device):

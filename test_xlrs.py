@@ -1135,7 +1135,7 @@ def test_beams_bound_a_batch_of_short_texts_and_a_batch_may_not_be_shared_by_mor
     args = argparse.Namespace(num_beams=4, max_source=99)
     texts, device = ["a" * 31] * 300, torch.device("cpu")
     assert [len(mask) for *_, mask in scoring.in_batches(texts, Letters(), args, device)] == [
-        64] * 4 + [44]  # 256 beams; 8,192 source tokens would be 256 texts
+        25] * 12  # 100 beams; 8,192 source tokens would be 256 texts
     monkeypatch.setenv("WORLD_SIZE", "4")
     for flag in ("--batch-size", "--reg-batch"):
         refuses(capsys, [flag, "each of 4 processes, found 3"], train.main, [flag, "3"])
