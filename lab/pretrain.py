@@ -22,7 +22,7 @@ import random
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that wait don't spin
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # before torch; train.py says why
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
 
 import numpy as np
@@ -52,10 +52,22 @@ def main(argv=None):
     model = MT5(MT5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2,
                           num_decoder_layers=2, num_heads=4))
     copy_at_first(model)
+
+    def draw(group, count):
+        return corruption(group, count, tokenizer, args)
+
+    learn(model, tokenizer, draw, draw(UNSEEN, 256), parallel, args)
+
+
+def learn(model, tokenizer, draw, unseen, parallel, args):
+    """Train model on what draw(group, count) returns, examples; print what is measured; save it.
+
+    unseen: examples to measure the loss on; parallel: {language: sentences}, aligned.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
     model.eval()  # nothing is dropped out, as in mT5's pre-training
     steps = tqdm(range(1, sum(args.steps) + 1), desc="pre-training")
-    for step, batch in zip(steps, batches_of(tokenizer, args)):
+    for step, batch in zip(steps, batches_of(draw, args)):
         optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.steps)
         loss = model(*batch)
         optimizer.zero_grad()
@@ -63,16 +75,15 @@ def main(argv=None):
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 1000 == 0 or step == sum(args.steps):
-            unseen = corruption(UNSEEN, 256, tokenizer, args)
             measured = measure(model, tokenizer, unseen, parallel)
             print(json.dumps({"step": step, **measured}), flush=True)
             save(args.out, model, tokenizer)
 
 
-def batches_of(tokenizer, args):
+def batches_of(draw, args):
     """Yield batches for ever, as data.collate() makes them, those of a group alike in length."""
     for group in itertools.count():
-        examples = corruption(group, data.GROUP * args.batch_size, tokenizer, args)
+        examples = draw(group, data.GROUP * args.batch_size)
         rng = np.random.default_rng([args.seed, group, 1])
         yield from data.of_similar_length(examples, args.batch_size, rng)
 
@@ -103,10 +114,10 @@ def measure(model, tokenizer, examples, parallel):
     for texts in parallel.values():
         input_ids, mask = data.pad_source([tokenizer.encode(text) for text in texts[:100]])
         vectors.append(pool(model.encode(input_ids, mask), mask))  # (100, D)
-    found = [retrieval(vectors[0][:64], other[:64]) for other in vectors[1:]]
+    found, others = [retrieval(vectors[0][:64], other[:64]) for other in vectors], [*parallel][1:]
     return {"dev_loss": scoring.mean_loss(model, examples),
-            "xlrs": dict(zip(LANGUAGES[1:], xlrs(torch.stack(vectors)).tolist())),
-            "retrieval": dict(zip(LANGUAGES[1:], found))}
+            "xlrs": dict(zip(others, xlrs(torch.stack(vectors)).tolist())),
+            "retrieval": dict(zip(others, found[1:]))}
 
 
 def retrieval(source, other):
@@ -131,16 +142,16 @@ def vocabulary_text(parallel):
         yield from sentences[100:]
 
 
-def train_tokenizer(lines, vocab_size):
+def train_tokenizer(lines, vocab_size, model_type="bpe"):
     """Return a Tokenizer trained on lines: mT5's layout of ids, at most vocab_size pieces.
 
-    Ours: byte pairs (BPE) where mT5 has a unigram model, which finds too few pieces in a text as
-    repetitive as the toy world. Deterministic.
+    Byte pairs (BPE) are ours: a unigram model ("unigram"), which mT5 has, finds too few pieces in a
+    text as repetitive as the toy world. Deterministic.
     """
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines), model_writer=model, vocab_size=vocab_size,
-        model_type="bpe", byte_fallback=True, character_coverage=0.9995, split_digits=True,
+        model_type=model_type, byte_fallback=True, character_coverage=0.9995, split_digits=True,
         pad_id=PAD, eos_id=EOS, unk_id=data.UNK, bos_id=-1, hard_vocab_limit=False,
         user_defined_symbols=[f"<extra_id_{i}>" for i in range(100)], minloglevel=2)
     return data.Tokenizer(model.getvalue())

@@ -1,0 +1,203 @@
+"""Makes a base and tasks of real text: human captions of pictures, in English, German, French and
+Czech (Multi30k: Elliott et al., 2016, 2017; Barrault et al., 2018).
+
+    git clone https://github.com/multi30k/dataset multi30k
+    python lab/captions.py multi30k FOLDER
+
+writes FOLDER/base.pt, a small mT5 that has read the captions of 22,000 pictures, and tasks made of
+those of the other pictures: FOLDER/TASK.PART.LANG.jsonl (source, target) and, to measure XLRS on,
+FOLDER/parallel.LANG. Then, for example,
+
+    python train.py --init FOLDER/base.pt --train en=FOLDER/keywords.train.en.jsonl …
+
+bash lab/captions.sh FOLDER has all flags and makes the runs of lab/results/captions.json. No
+licence lets us ship the captions, or a model that was trained on them.
+"""
+
+import argparse
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pretrain  # it sets what must be set before torch, and the path to our files
+import torch
+
+import data
+from data import EOS
+from model import MT5, MT5Config, bucket
+
+LANGUAGES = ["en", "de", "fr", "cs"]
+READ = 22000  # pictures whose captions the base reads; the others' are the tasks' training pairs
+PARALLEL = 600  # lines of `val` to measure XLRS on and to regularise; the others are to develop on
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        captions, descriptions = read_captions(args.multi30k), read_descriptions(args.multi30k)
+    except OSError as error:
+        print(f"captions.py: {error}: expected a clone of Multi30k", file=sys.stderr)
+        raise SystemExit(2) from None
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write_tasks(captions, descriptions, args.folder)
+    make_base(captions, descriptions, args)
+
+
+# The captions: {part: {language: [caption, …]}}, parallel by line; and of the same pictures, but
+# independent of each other, {part: {language: [five descriptions, …]}}.
+
+def read_captions(folder):
+    """Return the captions that were translated from English, task 1 of Multi30k."""
+    parts = {"train": "train", "val": "val", "test": "test_2016_flickr"}
+    return {part: {lang: read(folder / f"data/task1/raw/{name}.{lang}.gz") for lang in LANGUAGES}
+            for part, name in parts.items()}
+
+
+def read_descriptions(folder):
+    """Return the independent descriptions, task 2 of Multi30k."""
+    parts = {"train": "train", "val": "val", "test": "test_2016"}
+    return {part: {lang: list(zip(*(read(folder / f"data/task2/raw/{name}.{i}.{lang}.gz")
+                                    for i in range(1, 6)))) for lang in ("en", "de")}
+            for part, name in parts.items()}
+
+
+def read(path):
+    """Return the lines of a packed text file, single spaces between words."""
+    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
+        return [" ".join(line.split()) for line in file]
+
+
+# Tasks: functions of what is known of a picture in one language to (source, target), or None.
+
+def completion(caption):
+    """The first half of a caption, and the rest."""
+    words = caption.split()
+    half = len(words) // 2
+    return (" ".join(words[:half]), " ".join(words[half:])) if half > 2 else None
+
+
+def keywords(caption):
+    """The four longest words of a caption in a random order, and the caption."""
+    words = sorted({word.strip(".,;:!?()\"'").lower() for word in caption.split()}, key=len)[-4:]
+    random.Random(caption).shuffle(words)
+    return (" ".join(words), caption) if len(caption.split()) > 5 else None
+
+
+def summary(descriptions):
+    """The three longest of a picture's five descriptions, and the shortest."""
+    *_, third, second, first = shortest, *_ = sorted(descriptions, key=len)
+    return (" ".join([first, second, third]), shortest) if shortest else None
+
+
+def write_tasks(captions, descriptions, folder):
+    """Write each task's pairs, to train, develop and test on, and the parallel lines."""
+    for task in (completion, keywords, summary):
+        sides = descriptions if task is summary else captions
+        for lang in sides["train"]:
+            parts = {"train": sides["train"][lang][READ:], "dev": sides["val"][lang][PARALLEL:],
+                     "test": sides["test"][lang]}
+            for part, texts in parts.items():
+                pairs = filter(None, map(task, texts))
+                data.write_file(folder / f"{task.__name__}.{part}.{lang}.jsonl", "".join(
+                    json.dumps({"source": source, "target": target}, ensure_ascii=False) + "\n"
+                    for source, target in pairs))
+    for lang in LANGUAGES:
+        lines = captions["val"][lang][:PARALLEL]
+        data.write_file(folder / f"parallel.{lang}", "".join(line + "\n" for line in lines))
+
+
+# The base.
+
+def make_base(captions, descriptions, args):
+    """Pre-train a small mT5 on the captions of READ pictures; print measurements; save it."""
+    torch.manual_seed(args.seed)
+    read = {lang: texts[:READ] for lang, texts in captions["train"].items()}
+    tokenizer = pretrain.train_tokenizer((text for texts in read.values() for text in texts),
+                                         vocab_size=4000, model_type="unigram")
+
+    def encode(texts):
+        return [tokenizer.encode(text)[:-1] for text in texts]
+
+    seen = SimpleNamespace(
+        captions={lang: encode(texts) for lang, texts in read.items()},
+        descriptions={lang: [encode(five) for five in pictures[:READ]]
+                      for lang, pictures in descriptions["train"].items()})
+    val = SimpleNamespace(captions={lang: encode(texts) for lang, texts in captions["val"].items()},
+                          descriptions={})
+    model = MT5(MT5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2,
+                          num_decoder_layers=2, num_heads=4))
+    pretrain.copy_at_first(model)
+    look_ahead_at_first(model)
+
+    def draw(group, count):
+        rng = np.random.default_rng([args.seed, group])
+        return [example(seen, rng, tokenizer.sentinels) for _ in range(count)]
+
+    rng = np.random.default_rng([args.seed, pretrain.UNSEEN])
+    unseen = [example(val, rng, tokenizer.sentinels, page_is_target=0) for _ in range(512)]
+    pretrain.learn(model, tokenizer, draw, unseen, captions["val"], args)
+
+
+def page(texts, rng):
+    """Return a page, [ids of a caption, …].
+
+    Three of ten pages have a caption in two languages, as in the toy: the web has such pages by
+    accident, we by design (ours). Three have captions of other pictures, each in another language,
+    so that a span's language is its neighbours', not the page's. The others are in one language:
+    one or two captions, or descriptions of the same picture.
+    """
+    kind, count = rng.random(), int(rng.integers(1, 3))
+    picture, *others = (int(i) for i in rng.integers(len(texts.captions["en"]), size=3))
+    first, *rest = (str(lang) for lang in rng.permutation(LANGUAGES))
+    if kind < 0.3:
+        return [texts.captions[lang][picture] for lang in (first, rest[0])]
+    if kind < 0.6:
+        return [texts.captions[lang][i] for lang, i in zip(rest, [picture, *others][:count + 1])]
+    if first in texts.descriptions and rng.random() < 0.5:
+        return [texts.descriptions[first][picture][i] for i in rng.permutation(5)[:2]]
+    return [texts.captions[first][i] for i in [picture, *others][:count]]
+
+
+def example(texts, rng, sentinels, page_is_target=0.5):
+    """Return (source ids, target ids): a page with 30 % of its pieces masked, in short spans.
+
+    Half of the targets are the page itself (BART's denoising: Lewis et al., 2020), which teaches to
+    attend to the source in a minute; the others are mT5's, the spans. As little is masked at once,
+    no page shows a task.
+    """
+    ids = sum(page(texts, rng), [])
+    spans = pretrain.random_spans(len(ids), rng, density=0.3, mean=rng.choice([2., 3., 6.]))
+    source, target = pretrain.mask_spans(ids, spans, sentinels)
+    return source, ids + [EOS] if rng.random() < page_is_target else target
+
+
+@torch.no_grad()
+def look_ahead_at_first(model):
+    """Let an encoder head start by looking at the next token, and the decoder's attention to the
+    source by looking for the token it was fed: together they copy what comes next (ours)."""
+    model.encoder.positions.weight[bucket(torch.tensor(1), bidirectional=True), 0] += 5
+    for layer in model.decoder.layers:
+        layer.cross.q.weight.copy_(layer.cross.k.weight * model.config.d_kv ** -0.5)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="Make a base and tasks of Multi30k's captions.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("multi30k", type=Path, help="a clone of https://github.com/multi30k/dataset")
+    add("folder", type=Path, help="where base and tasks go")
+    add("--steps", type=int, default=16000, metavar="N", help="updates of the base")
+    add("--seed", type=int, default=0, metavar="N", help="of all that is random")
+    add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
+    add("--batch-size", type=int, default=48, metavar="N", help="pages a step")
+    args = parser.parse_args(argv)
+    args.steps, args.out = [args.steps], args.folder / "base.pt"
+    return args
+
+
+if __name__ == "__main__":
+    main()
