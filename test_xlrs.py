@@ -1386,6 +1386,7 @@ def test_the_claims_of_four_tiny_runs_are_as_worked_by_hand(tmp_path, capsys):
         "open 0.300 ± 1.271", "holds -1.00 ± 0.00",
         *["holds 75 ± 0 %", "holds 25.0 ± 0.0", "holds -30.0 ± 0.0"] * 2,
         "holds 50 ± 0 %", "holds 10.0 ± 0.0", "holds -5.0 ± 0.0",  # by XLRS step 1: the floor
+        "holds 75 ± 0 %", "holds 25.0 ± 0.0", "holds -30.0 ± 0.0",  # both reach a loss of 1
         "holds 21.0 ± 12.7"]
     assert json.loads((tmp_path / "again.json").read_text()) == runs
 
@@ -1394,8 +1395,8 @@ def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path):
     finished = script("lab/claims.py", "lab/results/grid.json", "--plot", tmp_path / "runs.svg")
     assert finished.returncode == 0, finished.stderr
     first = finished.stdout.split("\n\n")[0].splitlines()
-    assert [line[0] for line in first[3:]] == list("1123333333334")
-    assert finished.stdout.count("\n") <= 80 and "<svg" in (tmp_path / "runs.svg").read_text()
+    assert [line[0] for line in first[3:]] == list("1123333333333334")
+    assert finished.stdout.count("\n") <= 100 and "<svg" in (tmp_path / "runs.svg").read_text()
 
 
 def test_masked_spans_go_to_the_target_in_order():

@@ -6,12 +6,8 @@ Czech (Multi30k: Elliott et al., 2016, 2017; Barrault et al., 2018).
 
 writes FOLDER/base.pt, a small mT5 that has read the captions of 22,000 pictures, and tasks made of
 those of the other pictures: FOLDER/TASK.PART.LANG.jsonl (source, target) and, to measure XLRS on,
-FOLDER/parallel.LANG. Then, for example,
-
-    python train.py --init FOLDER/base.pt --train en=FOLDER/keywords.train.en.jsonl …
-
-bash lab/captions.sh FOLDER has all flags and makes the runs of lab/results/captions.json. No
-licence lets us ship the captions, or a model that was trained on them.
+FOLDER/parallel.LANG. `bash lab/grid.sh FOLDER` fine-tunes on them. No licence lets us ship the
+captions, or a model that was trained on them.
 """
 
 import argparse
@@ -27,11 +23,11 @@ import pretrain  # it sets what must be set before torch, and the path to our fi
 import torch
 
 import data
+import eval as scoring
 from data import EOS
 from model import MT5, MT5Config, bucket
 
 LANGUAGES = ["en", "de", "fr", "cs"]
-READ = 22000  # pictures whose captions the base reads; the others' are the tasks' training pairs
 PARALLEL = 600  # lines of `val` to measure XLRS on and to regularise; the others are to develop on
 
 
@@ -43,7 +39,7 @@ def main(argv=None):
         print(f"captions.py: {error}: expected a clone of Multi30k", file=sys.stderr)
         raise SystemExit(2) from None
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_tasks(captions, descriptions, args.folder)
+    write_tasks(captions, descriptions, args)
     make_base(captions, descriptions, args)
 
 
@@ -93,29 +89,29 @@ def summary(descriptions):
     return (" ".join([first, second, third]), shortest) if shortest else None
 
 
-def write_tasks(captions, descriptions, folder):
+def write_tasks(captions, descriptions, args):
     """Write each task's pairs, to train, develop and test on, and the parallel lines."""
     for task in (completion, keywords, summary):
         sides = descriptions if task is summary else captions
         for lang in sides["train"]:
-            parts = {"train": sides["train"][lang][READ:], "dev": sides["val"][lang][PARALLEL:],
+            parts = {"train": sides["train"][lang][args.read:], "dev": sides["val"][lang][PARALLEL:],
                      "test": sides["test"][lang]}
             for part, texts in parts.items():
                 pairs = filter(None, map(task, texts))
-                data.write_file(folder / f"{task.__name__}.{part}.{lang}.jsonl", "".join(
+                data.write_file(args.folder / f"{task.__name__}.{part}.{lang}.jsonl", "".join(
                     json.dumps({"source": source, "target": target}, ensure_ascii=False) + "\n"
                     for source, target in pairs))
     for lang in LANGUAGES:
         lines = captions["val"][lang][:PARALLEL]
-        data.write_file(folder / f"parallel.{lang}", "".join(line + "\n" for line in lines))
+        data.write_file(args.folder / f"parallel.{lang}", "".join(line + "\n" for line in lines))
 
 
 # The base.
 
 def make_base(captions, descriptions, args):
-    """Pre-train a small mT5 on the captions of READ pictures; print measurements; save it."""
+    """Pre-train a small mT5 on what is read; print measurements; save it."""
     torch.manual_seed(args.seed)
-    read = {lang: texts[:READ] for lang, texts in captions["train"].items()}
+    read = {lang: texts[:args.read] for lang, texts in captions["train"].items()}
     tokenizer = pretrain.train_tokenizer((text for texts in read.values() for text in texts),
                                          vocab_size=4000, model_type="unigram")
 
@@ -124,7 +120,7 @@ def make_base(captions, descriptions, args):
 
     seen = SimpleNamespace(
         captions={lang: encode(texts) for lang, texts in read.items()},
-        descriptions={lang: [encode(five) for five in pictures[:READ]]
+        descriptions={lang: [encode(five) for five in pictures[:args.read]]
                       for lang, pictures in descriptions["train"].items()})
     val = SimpleNamespace(captions={lang: encode(texts) for lang, texts in captions["val"].items()},
                           descriptions={})
@@ -140,6 +136,24 @@ def make_base(captions, descriptions, args):
     rng = np.random.default_rng([args.seed, pretrain.UNSEEN])
     unseen = [example(val, rng, tokenizer.sentinels, page_is_target=0) for _ in range(512)]
     pretrain.learn(model, tokenizer, draw, unseen, captions["val"], args)
+    print(json.dumps({"right language, %": {
+        lang: fills_in_its_language(model, tokenizer, lang, val.captions[lang][-200:], rng)
+        for lang in LANGUAGES}}))
+
+
+def fills_in_its_language(model, tokenizer, lang, captions, rng):
+    """Return the share of captions, %, that the model fills in their language.
+
+    Half of a caption's pieces are masked, as one span; the identifier expects all languages.
+    """
+    masked = []
+    for ids in captions:
+        start = int(rng.integers(1, 1 + len(ids) // 2))
+        span = start, start + len(ids) // 2
+        masked.append(pretrain.mask_spans(ids, [span], tokenizer.sentinels)[0])
+    found = model.generate(*data.pad_source(masked), max_new_tokens=32).tolist()
+    codes = scoring.identifier().predict([tokenizer.decode(ids) for ids in found], LANGUAGES)
+    return 100 * codes.count(lang) / len(codes)
 
 
 def page(texts, rng):
@@ -190,6 +204,8 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("multi30k", type=Path, help="a clone of https://github.com/multi30k/dataset")
     add("folder", type=Path, help="where base and tasks go")
+    add("--read", type=int, default=22000, metavar="N",
+        help="pictures whose captions the base reads; the others' are the tasks' training pairs")
     add("--steps", type=int, default=16000, metavar="N", help="updates of the base")
     add("--seed", type=int, default=0, metavar="N", help="of all that is random")
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")

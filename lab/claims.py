@@ -2,13 +2,13 @@
 
     python lab/claims.py lab/results/grid.json --plot lab/results/runs.png
 
-prints the tables of lab/results/README.md and draws its figure, in five seconds. It takes run
-folders as well, and --out FILE writes what is needed of them, as lab/results/grid.json has it.
+prints the tables of lab/results/README.md and draws its figure, in five seconds; captions.json
+beside it has the runs on real text. It takes run folders as well, and --out FILE writes what is
+needed of them, as those files have it.
 
 Numbers are means over seeds ± 95 % interval (Student's t); a run's score is the mean over the
-languages that it was not trained on; under "mean" the tasks are averaged seed by seed. Runs that
-differ in the learning rate alone stand in the table of rates; the others have the usual one. The
-few whose source is another language are the upper bound, fine-tuned in a target language itself.
+languages that it was not trained on; under "mean" the tasks are averaged seed by seed. The few runs
+whose source is another language are the upper bound, fine-tuned in a target language itself.
 """
 
 import argparse
@@ -23,51 +23,73 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's fo
 
 import numpy as np
 
+import data
 import eval as scoring
 from xlrs import FLOOR, choose
 
+USUAL = 5e-4  # train.py's learning rate: the name of a method leaves it out
 SCORES = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_language",
           "mixed %": "mixed", "loops %": "loops"}  # column -> its key in a run's scores
 COLUMNS = {**dict.fromkeys(SCORES, 1), "source ROUGE-L": 1, "XLRS": 2}  # column -> decimals
-ALIKE = ("last step", "dev loss", "XLRS")  # rules for a checkpoint; XLRS counts down to the floor
-RULES = (*ALIKE, "lowest XLRS", "oracle")  # oracle: the best on the test set; nobody can choose it
+RULES = ("last step", "dev loss", "XLRS", "oracle")  # for a checkpoint; XLRS counts to the floor;
+# oracle: the best on the test set, which nobody can choose
+ALIKE = (*RULES[:3], "equal loss")  # where two runs are compared; the last see pairs()
 
 
 def print_claims(runs, pair, tasks):
     """Print the table of the four claims: a verdict and a number for each task.
 
-    pair: the two methods that are compared, without and with the regulariser.
+    pair: the two methods that are compared, without and with a remedy.
     """
-    plain, regularised = ([run for run in runs if run["method"] == name] for name in pair)
-    both = [(a, b) for a in plain for b in regularised
-            if (a["task"], a["seed"]) == (b["task"], b["seed"])]
-    changes = [b | {"facts": {key: number - a["facts"][key] for key, number in b["facts"].items()}}
-               for a, b in both]
+    both = pairs(runs, *pair)
+    plain, changes = [a for a, _ in both], differences(both)
     rows = []
 
     def row(claim, runs, key, sign, digits):
         rows.append([claim, *(verdict(per_seed(runs, task, key), sign, digits) for task in tasks)])
 
-    row("1 XLRS at the end of --reg 0 minus the base's", plain, "rise", 1, 3)
+    row("1 XLRS at the end minus the base's", plain, "rise", 1, 3)
     row("1 … minus the lowest on the way", plain, "climb", 1, 3)
-    row("2 rank correlation of XLRS and ROUGE-L in --reg 0", plain, "rho", -1, 2)
+    row("2 rank correlation of XLRS and ROUGE-L", plain, "rho", -1, 2)
     for rule in ALIKE:
         rows.append([f"3 accidental translation removed, {rule}",
                      *(share_removed(both, task, (rule, "source %")) for task in tasks)])
         row(f"3 ROUGE-L, difference, {rule}", changes, (rule, "ROUGE-L"), 1, 1)
         row(f"3 wrong %, difference, {rule}", changes, (rule, "wrong %"), -1, 1)
-    row("4 ROUGE-L chosen by XLRS minus by dev loss, --reg 0", plain, "choice", 1, 1)
-    print(f"The paper's claims (3: {pair[1]} against {pair[0]}), "
+    row("4 ROUGE-L chosen by XLRS minus by dev loss", plain, "choice", 1, 1)
+    print(f"The paper's claims (1, 2, 4: {pair[0]}; 3: {pair[1]} against it), "
           f"{len({run['seed'] for run in plain})} seeds.\n"
           "holds: the interval is on the paper's side of zero, fails: on the other, open: neither.")
     scoring.table(rows, ["", *tasks])
 
 
+def pairs(runs, *methods):
+    """Return [(run, run), …] of two methods, alike in task and seed, with "equal loss" in facts.
+
+    It is the first checkpoint of each with a source development loss that both reach.
+    """
+    found = []
+    for both in itertools.product(*([run for run in runs if run["method"] == name]
+                                    for name in methods)):
+        if len({(run["task"], run["seed"]) for run in both}) == 1:
+            level = max(run["facts"]["lowest loss"] for run in both)
+            found.append([run | {"facts": run["facts"] | at(
+                "equal loss", next(row for row in run["scores"][1:] if row["dev_loss"] <= level))}
+                for run in both])
+    return found
+
+
+def differences(both):
+    """Return the second run of each pair, with what its facts are more than the first's."""
+    return [b | {"facts": {key: number - a["facts"][key] for key, number in b["facts"].items()}}
+            for a, b in both]
+
+
 def verdict(values, sign, digits, unit=""):
     """Return whether the interval of values is on the side of zero that sign names, and itself."""
-    middle, half = scoring.mean_and_half(values)
+    middle, half = mean_and_half(values)
     word = "holds" if sign * middle > half else "fails" if -sign * middle > half else "open"
-    return f"{word} {scoring.interval(values, digits)}{unit}" if values else "-"
+    return f"{word} {interval(values, digits)}{unit}" if values else "-"
 
 
 def share_removed(both, task, key):
@@ -81,59 +103,71 @@ def share_removed(both, task, key):
     return verdict([100 * (1 - b / a) for a, b in zip(before, after) if a], 1, 0, " %")
 
 
-def print_methods(runs, pair, tasks):
-    """Print the methods at the last step, and at the checkpoint that each rule chooses."""
-    last, chosen = [], []
-    for task, name in itertools.product(tasks, dict.fromkeys(run["method"] for run in runs)):
-        alike = [run for run in runs if run["method"] == name]
-        last.append([f"{task} {name}", *(cell(alike, task, ("last step", column), digits)
-                                         for column, digits in COLUMNS.items())])
-        if name in pair or task == tasks[-1]:
-            chosen.append([f"{task} {name}", *(cell(alike, task, (rule, "ROUGE-L"))
-                                               for rule in RULES)])
-    print(f"\nAt the last step, --lr {runs[0]['lr']:g}:")
-    scoring.table(last, ["", *COLUMNS])
-    print("\nROUGE-L of the checkpoint that each rule chooses (oracle: the best on the test set):")
-    scoring.table(chosen, ["", *RULES])
+def print_remedies(runs, tasks):
+    """Print each method against the better of the rates without one, on seeds that both have."""
+    plain, rows = {run["method"] for run in runs if kind(run) == "--reg 0"}, []
+    methods = dict.fromkeys(run["method"] for run in runs if run["method"] not in plain)
+
+    def against_the_better(name, rule, task):
+        rivals = [both for other in plain if (both := pairs(runs, other, name))]
+        best = differences(max(rivals, key=lambda both: scoring.mean(
+            per_seed([a for a, _ in both], task, (rule, "ROUGE-L")))))
+        return ", ".join(verdict(per_seed(best, task, (rule, column)), sign, 1)
+                         for column, sign in (("ROUGE-L", 1), ("wrong %", -1)))
+
+    for name, rule in itertools.product(methods, ("XLRS", "equal loss")):
+        rows.append([f"{name}, {rule}", *(against_the_better(name, rule, task) for task in tasks)])
+    print("\nROUGE-L and wrong %, difference to the better rate of --reg 0:")
+    scoring.table(rows, ["", *tasks])
 
 
-def print_rates(runs, pair, tasks):
-    """Print what a pair of methods reaches at each learning rate, and at the best of them."""
-    rows = []
-    for name, rate in itertools.product(pair, sorted({run["lr"] for run in runs})):
-        rows.append((f"{name} --lr {rate:g}", "dev loss",
-                     [run for run in runs if (run["method"], run["lr"]) == (name, rate)]))
-    for label, best, key in (("the rate of lowest dev loss", min, ("dev loss", "dev_loss")),
-                             ("oracle's rate and step", max, ("oracle", "ROUGE-L"))):
-        rows += [(f"{name}, {label}", key[0], at_best_rate(runs, name, best, key)) for name in pair]
-    print("\nROUGE-L by learning rate, chosen by dev loss:")
-    scoring.table([[label, *(cell(alike, task, (rule, "ROUGE-L")) for task in tasks)]
-                   for label, rule, alike in rows if alike], ["", *tasks])
+def print_methods(runs, tasks):
+    """Print every method: in full at the last step; by rule; by task."""
+    def rows(cells):
+        return [[name, *cells([run for run in runs if run["method"] == name])]
+                for name in dict.fromkeys(run["method"] for run in runs)]
+
+    print(f"\nAt the last step, {tasks[-1]}:")
+    scoring.table(rows(lambda alike: [cell(alike, tasks[-1], ("last step", column), digits)
+                                      for column, digits in COLUMNS.items()]), ["", *COLUMNS])
+    print(f"\nROUGE-L / wrong % of the checkpoint that each rule chooses, {tasks[-1]}:")
+    scoring.table(rows(lambda alike: [two(alike, tasks[-1], rule) for rule in RULES]), ["", *RULES])
+    print("\nROUGE-L / wrong % of the checkpoint that XLRS chooses:")
+    scoring.table(rows(lambda alike: [two(alike, task, "XLRS") for task in tasks]), ["", *tasks])
 
 
-def at_best_rate(runs, name, best, key):
-    """Return a method's run of best (min, max) facts[key], of each task and seed with all rates."""
-    rates = {}
+def at_the_best_rate(runs):
+    """Return runs anew, as methods of their own: those at the rate of lowest source dev loss.
+
+    Of each method that was run at several rates; of seeds that have them all.
+    """
+    groups = {}
     for run in runs:
-        if run["method"] == name:
-            rates.setdefault((run["task"], run["seed"]), []).append(run)
-    most = max(map(len, rates.values()), default=0)
-    return [best(alike, key=lambda run: run["facts"][key]) for alike in rates.values()
-            if len(alike) == most]
+        groups.setdefault((kind(run), run["task"], run["seed"]), []).append(run)
+    rates = {name: len({run["lr"] for run in runs if kind(run) == name}) for name, *_ in groups}
+    return [min(alike, key=lambda run: run["facts"]["lowest loss"]) | {
+        "method": f"{name}, rate by dev loss"} for (name, *_), alike in groups.items()
+        if len(alike) == rates[name] > 1]
+
+
+def kind(run):
+    """Return the name of a run's method without its learning rate."""
+    return run["method"].partition(" --lr")[0]
 
 
 def print_correlation(runs):
-    """Print how XLRS and ROUGE-L go together over runs of all rates, at the last step."""
+    """Print how XLRS goes with ROUGE-L and with wrong answers over runs, at the last step."""
     rows = []
     for task in dict.fromkeys(run["task"] for run in runs):
-        for kind in ("--reg 0", "all"):
-            alike = [run["facts"] for run in runs
-                     if run["task"] == task and kind in ("all", run["method"])]
-            rho = spearman([facts["last step", "XLRS"] for facts in alike],
-                           [facts["last step", "ROUGE-L"] for facts in alike])
-            rows.append([f"{task} {kind}", len(alike), f"{rho:.2f}"])
-    print("\nRank correlation of XLRS and ROUGE-L over runs of all rates, at the last step:")
-    scoring.table(rows, ["", "runs", "rho"])
+        for which in ("--reg 0, all rates", "all"):
+            alike = [run["facts"] for run in runs if run["task"] == task
+                     and (which == "all" or kind(run) == "--reg 0")]
+            xlrs, *others = ([facts["last step", column] for facts in alike]
+                             for column in ("XLRS", "ROUGE-L", "wrong %"))
+            rows.append([f"{task} {which}", len(alike), *(f"{spearman(xlrs, other):.2f}"
+                                                         for other in others)])
+    print("\nRank correlation of XLRS with two scores over runs, at the last step:")
+    scoring.table(rows, ["", "runs", "ROUGE-L", "wrong %"])
 
 
 def spearman(x, y):
@@ -153,47 +187,79 @@ def centred_ranks(values):
     return np.sign(values[:, None] - values).sum(axis=1) / 2  # (N, N) -> (N,)
 
 
-def print_upper_bound(runs):
-    """Print what fine-tuning in a language itself reaches there, chosen by its own dev loss."""
-    tasks = dict.fromkeys(run["task"] for run in runs)
-    found = {language: [scoring.mean(
-        run["facts"]["dev loss", "source ROUGE-L"] for run in runs
-        if run["train"] == [language] and run["task"] == task) for task in tasks]
-        for language in sorted({run["train"][0] for run in runs})}
-    found["mean"] = map(scoring.mean, zip(*found.values()))
-    print("\nUpper bound: ROUGE-L after fine-tuning in the language itself, chosen by dev loss:")
-    scoring.table([[name, *row] for name, row in found.items()], ["", *tasks])
+def print_upper_bound(runs, tasks):
+    """Print what fine-tuning in a language itself reaches there, chosen by its own dev loss.
+
+    In brackets: the ROUGE-L of the same answers, each to another text.
+    """
+    rows = []
+    for lang in dict.fromkeys(run["train"][0] for run in runs):
+        alike = [run for run in runs if run["train"] == [lang]]
+        rows.append([lang])
+        for task in tasks:
+            score = cell(alike, task, ("dev loss", "source ROUGE-L"))
+            others = [run["shuffled"] for run in alike if run["task"] == task and "shuffled" in run]
+            rows[-1].append(f"{score} ({scoring.mean(others):.1f})" if others else score)
+    print("\nUpper bound: ROUGE-L after fine-tuning in the language itself, chosen by dev loss "
+          "(and of\nthe same answers shuffled over the texts):")
+    scoring.table(rows, ["", *tasks])
 
 
 def plot(runs, pair, tasks, path):
-    """Draw XLRS and wrong-language rate over steps, a column a task, into a PNG, SVG or PDF file.
+    """Draw XLRS and wrong-language rate over steps, and the latter over the source's dev loss.
 
-    With and without the regulariser; means over seeds, the bars their 95 % intervals.
+    A column a task; without and with a remedy; means over seeds, bars their 95 % intervals. Into a
+    PNG, SVG or PDF file.
     """
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(2, len(tasks), squeeze=False, sharex=True, sharey="row",
-                                   layout="constrained", figsize=(1.5 + 2.6 * len(tasks), 4.4))
+    figure, axes = pyplot.subplots(3, len(tasks), squeeze=False, sharey="row", layout="constrained",
+                                   figsize=(1.5 + 2.6 * len(tasks), 6.4))
     styles = dict(zip(pair, ({"fmt": "k--o", "markerfacecolor": "w"}, {"fmt": "k-s"})))
-    for ax, (column, task) in zip(axes.flat, itertools.product(("XLRS", "wrong %"), tasks)):
+    rows = ("step", "XLRS"), ("step", "wrong %"), ("dev_loss", "wrong %")
+    for ax, ((x, y), task) in zip(axes.flat, itertools.product(rows, tasks)):
         for name, style in styles.items():
-            alike = [run for run in runs if (run["task"], run["method"]) == (task, name)]
-            curve = {}  # step -> a number a run
-            for scores in itertools.chain(*(run["scores"] for run in alike)):
-                curve.setdefault(scores["step"], []).append(scores[column])
-            if curve:
-                means, halves = zip(*map(scoring.mean_and_half, curve.values()))
-                ax.errorbar(list(curve), means, halves, markersize=4, linewidth=1.2,
-                            elinewidth=0.8, capsize=2, label=name, **style)
-        ax.set(title=task, xlabel="step", ylabel=column)
-        ax.label_outer()
+            curves = [run["scores"] for run in runs if (run["task"], run["method"]) == (task, name)]
+            for points in [[*zip(*curves)][x == "dev_loss":]] * bool(curves):  # each step's
+                means, halves = zip(*(mean_and_half(row[y] for row in point) for point in points))
+                places = [scoring.mean(row[x] for row in point) for point in points]
+                ax.errorbar(places, means, halves, markersize=4, linewidth=1.2, elinewidth=0.8,
+                            capsize=2, label=name, **style)
+        ax.set(title=task, xlabel={"dev_loss": "source dev loss"}.get(x, x), ylabel=y)
+        if x == "dev_loss":
+            ax.invert_xaxis()
+    for ax in axes[:, 1:].flat:
+        ax.set_ylabel("")
     axes[1, 0].legend(frameon=False)
     figure.savefig(path, dpi=110)
+
+
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
+
+
+def mean_and_half(values):
+    """Return (mean, half the width of its 95 % interval, NaN of one value), by Student's t."""
+    values = list(values)
+    if len(values) < 2:
+        return scoring.mean(values), math.nan
+    t = T95[min(len(values) - 2, len(T95) - 1)]
+    return scoring.mean(values), t * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def interval(values, digits=1):
+    """Return "mean ± half the width of its 95 % interval" over runs; of one, the value alone."""
+    middle, half = mean_and_half(values)
+    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
 
 
 def cell(runs, task, key, digits=1):
     """Return the mean at key ± its interval, as a table has it; empty where nothing is known."""
     values = per_seed(runs, task, key)
-    return scoring.interval(values, digits) if values else ""
+    return interval(values, digits) if values else ""
+
+
+def two(runs, task, rule):
+    """Return the cell with ROUGE-L and wrong % of what a rule chooses."""
+    return " / ".join(cell(runs, task, (rule, column)) for column in ("ROUGE-L", "wrong %"))
 
 
 def per_seed(runs, task, key):
@@ -229,15 +295,24 @@ def read_runs(paths):
 def read_folder(folder):
     """Return what is needed of a run folder; numbers with four digits."""
     args, rows = scoring.read_run(folder)
-    learnt = {word.partition("=")[0] for word in args.train[1:]}  # not judged, unlike the source
+    learnt = [word.partition("=")[0] for word in args.train]  # all but the source are not judged
     for row in rows:
-        row["test"] = {lang: one for lang, one in row["test"].items() if lang not in learnt}
+        row["test"] = {lang: one for lang, one in row["test"].items() if lang not in learnt[1:]}
     base, *checkpoints = [{key: row[key] for key in ("step", "xlrs", "dev_loss", "test")}
                           for row in rows]
-    run = {name: getattr(args, name) for name in (
-        "task", "train", "reg", "reg_floor", "freeze", "lr", "steps", "seed")}
+    run = {name: getattr(args, name) for name in ("reg", "reg_floor", "freeze", "lr", "seed")}
+    file = Path(args.train[0].partition("=")[2])  # of a task, "TASK.train.en.jsonl", or none
+    run |= {"task": file.name.partition(".")[0] or args.task, "train": learnt,
+            "shuffled": shuffled(folder / "outputs.jsonl", learnt[0])}
     return json.loads(json.dumps(run | {"base": base, "checkpoints": checkpoints}),
                       parse_float=lambda number: float(f"{float(number):.4g}"))
+
+
+def shuffled(path, language):
+    """Return ROUGE-L of a run's outputs in a language, each beside the next text's reference."""
+    rows = [row for _, row in data.json_rows(path) if row["language"] == language]
+    outputs, references = ([row[key] for row in rows] for key in ("output", "reference"))
+    return 100 * scoring.rouge_l(outputs, references[1:] + references[:1]).mean().item()
 
 
 def judged(run):
@@ -249,15 +324,17 @@ def judged(run):
         method += f" --train {' '.join(run['train'])}"
     if run["freeze"]:
         method += f" --freeze {' '.join(run['freeze'])}"
-    source = run["train"][0].partition("=")[0]
-    scores = [scores_of(row, source) for row in (run["base"], *run["checkpoints"])]
+    if run["lr"] != USUAL:
+        method += f" --lr {run['lr']:g}"
+    scores = [scores_of(row, run["train"][0]) for row in (run["base"], *run["checkpoints"])]
     return run | {"method": method, "scores": scores, "facts": facts(scores, run["reg_floor"])}
 
 
 def scores_of(row, source):
     """Return {column: number} of a row, means over target languages, and what choose() goes by."""
     targets = [one for lang, one in row["test"].items() if lang != source]
-    scores = {column: scoring.mean(one[key] for one in targets) for column, key in SCORES.items()}
+    scores = {column: scoring.mean(one[key] for one in targets if key in one)
+              for column, key in SCORES.items()}
     xlrs = scoring.mean(row["xlrs"].values())
     return scores | {"source ROUGE-L": row["test"].get(source, {}).get("rougeL", math.nan),
                      "XLRS": xlrs, "xlrs": xlrs, "dev_loss": row["dev_loss"], "step": row["step"]}
@@ -271,26 +348,33 @@ def facts(scores, floor):
     """
     xlrs = [one["XLRS"] for one in scores]
     scores = scores[1:]  # the base is none to choose
-    picks = {"last step": scores[-1],
-             "dev loss": choose(scores, "dev_loss"),
-             "XLRS": choose(scores, "xlrs", floor),
-             "lowest XLRS": choose(scores, "xlrs", -1.0),
-             "oracle": max(scores, key=lambda one: one["ROUGE-L"])}
+    picks = scores[-1], choose(scores, "dev_loss"), choose(scores, "xlrs", floor), max(
+        scores, key=lambda one: one["ROUGE-L"])
     best = max(one["source ROUGE-L"] for one in scores)
     learnt = itertools.dropwhile(lambda one: one["source ROUGE-L"] < best - 2, scores)
-    return {(rule, column): picks[rule][column] for rule in picks for column in picks[rule]} | {
-        "rise": xlrs[-1] - xlrs[0],
-        "climb": xlrs[-1] - min(xlrs),
-        "rho": spearman(*zip(*((one["XLRS"], one["ROUGE-L"]) for one in learnt))),
-        "choice": picks["XLRS"]["ROUGE-L"] - picks["dev loss"]["ROUGE-L"]}
+    found = {"rise": xlrs[-1] - xlrs[0], "climb": xlrs[-1] - min(xlrs),
+             "rho": spearman(*zip(*((one["XLRS"], one["ROUGE-L"]) for one in learnt))),
+             "choice": picks[2]["ROUGE-L"] - picks[1]["ROUGE-L"],
+             "lowest loss": picks[1]["dev_loss"]}
+    for rule, pick in zip(RULES, picks):
+        found |= at(rule, pick)
+    return found
+
+
+def at(rule, scores):
+    """Return {(rule, column): number} of scores."""
+    return {(rule, column): number for column, number in scores.items()}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Print and draw what runs say of the claims.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or what --out wrote")
-    parser.add_argument("--out", metavar="FILE", help="write what is needed of the runs, as JSON")
-    parser.add_argument("--plot", metavar="FILE", help="draw XLRS and wrong-language rate over "
-                        "steps (PNG, SVG or PDF; needs matplotlib)")
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="RUN", help="a run folder, or what --out wrote")
+    add("--pair", nargs=2, metavar="METHOD", help="what to compare, as the tables name it "
+        "(--reg 0 and the regulariser)")
+    add("--out", metavar="FILE", help="write what is needed of the runs, as JSON")
+    add("--plot", metavar="FILE", help="draw XLRS and wrong-language rate (PNG, SVG or PDF; needs "
+        "matplotlib)")
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.runs)
@@ -301,20 +385,18 @@ def main(argv=None):
         source = statistics.mode(run["train"][0] for run in runs)
         bound = [run for run in runs if run["train"][0] != source]
         runs = [run for run in runs if run["train"][0] == source]
-        rate = statistics.mode(run["lr"] for run in runs)  # the most frequent
-        usual = [run for run in runs if run["lr"] == rate]
-        names = [run["method"] for run in usual if run["reg"] and run["method"].count("--") == 1]
-        pair = "--reg 0", max(names, key=names.count, default="(none)")
-        tasks = list(dict.fromkeys(run["task"] for run in usual))
+        names = [run["method"] for run in runs if run["reg"] and run["method"].count("--") == 1]
+        pair = args.pair or ("--reg 0", max(names, key=names.count, default="(none)"))
+        tasks = list(dict.fromkeys(run["task"] for run in runs))
         columns = tasks + ["mean"] * (len(tasks) > 1)
-        print_claims(usual, pair, columns)
-        print_methods(usual, pair, columns)
-        print_rates(runs, pair, columns)
+        print_claims(runs, pair, columns)
+        print_remedies(runs, columns)
+        print_methods(runs + at_the_best_rate(runs), columns)
         print_correlation(runs)
         if bound:
-            print_upper_bound(bound)
+            print_upper_bound(bound, tasks)
         if args.plot:
-            plot(usual, pair, tasks, args.plot)
+            plot(runs, pair, tasks, args.plot)
     except (ValueError, OSError, ImportError) as error:
         print(f"claims.py: {error}", file=sys.stderr)
         raise SystemExit(2) from None
