@@ -11,6 +11,7 @@ os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # before torch; trai
 import argparse
 import doctest
 import functools
+import gzip
 import io
 import itertools
 import json
@@ -57,6 +58,7 @@ def students_files(folder):
 THEIRS = students_files(Path(os.environ["XLRS_IMPL"]).absolute()) if os.environ.get(
     "XLRS_IMPL") else {}
 
+import captions
 import claims
 import identifier
 import pretrain
@@ -1424,3 +1426,44 @@ def test_pretraining_lowers_the_loss_and_leaves_a_base(tmp_path):
     model, tokenizer = mt5.load(tmp_path / "base.pt")
     assert len(tokenizer) == model.config.vocab_size
     assert json.loads(finished.stdout)["dev_loss"] < math.log(len(tokenizer)) - 1  # above: a guess
+
+
+@pytest.mark.parametrize("task, given, pair", [
+    ("completion", "A man in a red hat sleeps.", ("A man in", "a red hat sleeps.")),
+    ("completion", "Two dogs play outside.", None),  # too short to be halved
+    ("keywords", "Ein Mann mit Hut schläft dort.", {"mann", "schläft", "dort", "mit"}),
+    ("summary", ["A cat.", "A cat sleeps.", "A black cat sleeps.", "A cat sleeps on a bed.", "Cat"],
+     ("A cat sleeps on a bed. A black cat sleeps. A cat sleeps.", "Cat"))])
+def test_a_task_of_captions_is_as_made_by_hand(task, given, pair):
+    found = getattr(captions, task)(given)
+    if task == "keywords":
+        assert found[1] == given and sorted(found[0].split()) == sorted(pair)
+        assert found == captions.keywords(given), "the same order again"
+    else:
+        assert found == pair
+
+
+def test_captions_make_a_base_and_the_tasks_of_the_other_pictures(tmp_path):
+    for lang, text in (("en", "A {} dog runs over the green grass."), ("de", "Ein {} Hund rennt."),
+                       ("fr", "Un chien {} court dans l’herbe."), ("cs", "Pes {} běží po trávě.")):
+        for number in range(6):
+            for part in ("train", "val", "test_2016", "test_2016_flickr"):
+                name = f"task2/raw/{part}.{number}" if number else f"task1/raw/{part}"
+                path = tmp_path / "data" / f"{name}.{lang}.gz"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(gzip.compress("".join(
+                    text.format(f"{part} {i}") + "\n" for i in range(12)).encode()))
+    folder = tmp_path / "out"
+    finished = script("lab/captions.py", tmp_path, folder, "--read", 8, "--steps", 4,
+                      "--batch-size", 4)
+    assert finished.returncode == 0, finished.stderr
+    assert set(json.loads(finished.stdout.splitlines()[-1])["right language, %"]) == set(
+        captions.LANGUAGES)
+    model, tokenizer = mt5.load(folder / "base.pt")
+    assert len(tokenizer) == model.config.vocab_size
+    pairs = data.read_pairs(folder / "keywords.train.fr.jsonl")
+    assert [target for _, target in pairs] == [
+        f"Un chien train {i} court dans l’herbe." for i in range(8, 12)], "not those it has read"
+    assert len(list(folder.glob("*.jsonl"))) == 3 * (4 + 4 + 2)
+    finished = script("lab/captions.py", tmp_path / "none", folder)
+    fails_in_one_line(finished.returncode, finished.stderr, "a clone of Multi30k")

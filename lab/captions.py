@@ -78,7 +78,8 @@ def completion(caption):
 
 def keywords(caption):
     """The four longest words of a caption in a random order, and the caption."""
-    words = sorted({word.strip(".,;:!?()\"'").lower() for word in caption.split()}, key=len)[-4:]
+    words = {word.strip(".,;:!?()\"'").lower() for word in caption.split()}
+    words = sorted(words, key=lambda word: (len(word), word))[-4:]
     random.Random(caption).shuffle(words)
     return (" ".join(words), caption) if len(caption.split()) > 5 else None
 
@@ -94,8 +95,8 @@ def write_tasks(captions, descriptions, args):
     for task in (completion, keywords, summary):
         sides = descriptions if task is summary else captions
         for lang in sides["train"]:
-            parts = {"train": sides["train"][lang][args.read:], "dev": sides["val"][lang][PARALLEL:],
-                     "test": sides["test"][lang]}
+            parts = {"train": sides["train"][lang][args.read:], "test": sides["test"][lang],
+                     "dev": sides["val"][lang][PARALLEL:]}
             for part, texts in parts.items():
                 pairs = filter(None, map(task, texts))
                 data.write_file(args.folder / f"{task.__name__}.{part}.{lang}.jsonl", "".join(
