@@ -1,7 +1,6 @@
-"""Prints how fast the project is: a step and generation beside transformers', and whole runs.
+"""Prints how fast the project is: a step and generation beside transformers', and the metrics.
 
     python lab/bench.py step generate     # mT5-small's shape, both libraries by turns: 7 minutes
-    python lab/bench.py run               # the default run, alone and two at once: 21 minutes
     python lab/bench.py score             # metrics: 1 minute
 
 Batches are those that training draws from the toy's summaries; the embedding and the head
@@ -13,16 +12,13 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; train.py says why
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", **os.environ}  # see train.py
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import functools
 import itertools
 import statistics
-import subprocess
-import tempfile
 import timeit
 
 import torch
@@ -109,26 +105,6 @@ def compare(figure, repeats, *functions):
           f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
-def bench_run(repeats):
-    """The README's first command, alone and two at once; threads sleep later or at once."""
-    for spins, count in itertools.product(("2000", "0"), (1, 2)):
-        taken = timeit.repeat(functools.partial(default_runs, spins, count), number=1,
-                              repeat=repeats)
-        print(f"default run, {count} at once, GOMP_SPINCOUNT={spins}: "
-              f"{statistics.median(taken):.0f} s ({min(taken):.0f} to {max(taken):.0f})")
-
-
-def default_runs(spins, count):
-    """Do the README's first command, count times at once."""
-    words = [sys.executable, Path(train.__file__), "--reg", "0.1", "--out"]
-    with tempfile.TemporaryDirectory() as folder:
-        runs = [subprocess.Popen([*words, f"{folder}/{number}"], stdout=subprocess.DEVNULL,
-                                 stderr=subprocess.DEVNULL,
-                                 env={**os.environ, "GOMP_SPINCOUNT": spins})
-                for number in range(count)]
-        assert not any(run.wait() for run in runs)
-
-
 def bench_score(repeats):
     """ROUGE-L beside rouge_score, and sentences identified a second, on the toy's summaries."""
     stories = data.stories("train", 5000)
@@ -145,8 +121,7 @@ def bench_score(repeats):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    benches = {"step": bench_step, "generate": bench_generate, "run": bench_run,
-               "score": bench_score}
+    benches = {"step": bench_step, "generate": bench_generate, "score": bench_score}
     parser.add_argument("what", nargs="+", choices=benches)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
