@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Makes the runs behind lab/results: every task, method and seed; other learning rates; and the
-# upper bound, fine-tuned in each target language. 90 runs of about 70 s, two side by side on two
-# cores, 53 minutes in all; started again after a stop it goes on with the runs that are missing.
-#     bash lab/grid.sh
+# Makes the runs behind lab/results, two side by side on two cores: every task, method and seed;
+# other learning rates; and the upper bound, fine-tuned in each target language. Started again
+# after a stop it goes on with the runs that are missing.
+#     bash lab/grid.sh            # in the toy world: 90 runs of about 70 s, 53 minutes
 #     python lab/claims.py runs/grid/*/ --out lab/results/grid.json --plot lab/results/runs.png
-# Last it makes lab/results/TASK.json, which train.py prints beside a run.
+#     bash lab/grid.sh FOLDER     # on real captions, as lab/captions.py wrote them to FOLDER
+#     python lab/claims.py runs/captions/*/ --out lab/results/captions.json \
+#         --plot lab/results/captions.png
+# In the toy world it makes lab/results/TASK.json last, which train.py prints beside a run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 
 run() {  # NAME ARGUMENTS…
     local folder=runs/$1
@@ -22,9 +25,8 @@ run() {  # NAME ARGUMENTS…
 }
 export -f run
 
-mkdir -p runs/grid runs/usual
-tasks="title summary completion"
-{
+toy() {
+    tasks="title summary completion"
     for seed in ${SEEDS:-10 11 12 13 14}; do
         for task in $tasks; do
             echo "grid/$task-plain-$seed --task $task --seed $seed"
@@ -51,7 +53,32 @@ tasks="title summary completion"
             done
         done
     done
-} | xargs -P 2 -I LINE bash -c 'run LINE'
+}
+
+captions() {  # FOLDER
+    files() { for lang in $2; do echo -n " $lang=$folder/$1.$lang${3-}"; done; }  # PART LANGUAGES
+    folder=$1
+    for task in completion keywords summary; do
+        langs="en de fr cs"
+        [ $task = summary ] && langs="en de"
+        given="--init $folder/base.pt --max-source 96 --max-target 32 --test-size 200 --steps 120"
+        given+=" --test$(files $task.test "$langs" .jsonl)"
+        given+=" --parallel$(files parallel "en de fr cs")"
+        english="$given --train$(files $task.train en .jsonl) --dev$(files $task.dev en .jsonl)"
+        for seed in ${SEEDS:-10 11 12 13 14}; do
+            echo "captions/$task-plain-$seed $english --seed $seed"
+        done
+    done
+}
+
+if [ $# = 0 ]; then
+    mkdir -p runs/grid runs/usual
+    toy
+else
+    mkdir -p runs/captions
+    captions "$1"
+fi | xargs -P 2 -I LINE bash -c 'run LINE'
+[ $# = 0 ] || exit 0
 
 python - <<'END'
 import json
