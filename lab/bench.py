@@ -144,6 +144,7 @@ def bench_score(repeats):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     benches = {"step": bench_step, "generate": bench_generate, "run": bench_run,
                "score": bench_score}

@@ -21,6 +21,8 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's folder
 
+import numpy as np
+
 import eval as scoring
 from xlrs import FLOOR, choose, spearman
 
@@ -28,6 +30,7 @@ SCORES = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_
           "mixed %": "mixed", "loops %": "loops"}  # column -> its key in a run's scores
 COLUMNS = {**dict.fromkeys(SCORES, 1), "source ROUGE-L": 1, "XLRS": 2}  # column -> decimals
 ALIKE = ("last step", "dev loss", "XLRS")  # rules for a checkpoint; XLRS counts down to the floor
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
 RULES = (*ALIKE, "lowest XLRS", "oracle")  # oracle: the best on the test set; nobody can choose it
 
 
@@ -63,9 +66,9 @@ def print_claims(runs, pair, tasks):
 
 def verdict(values, sign, digits, unit=""):
     """Return whether the interval of values is on the side of zero that sign names, and itself."""
-    middle, half = scoring.mean_and_half(values)
+    middle, half = mean_and_half(values)
     word = "holds" if sign * middle > half else "fails" if -sign * middle > half else "open"
-    return f"{word} {scoring.interval(values, digits)}{unit}" if values else "-"
+    return f"{word} {interval(values, digits)}{unit}" if values else "-"
 
 
 def share_removed(both, task, key):
@@ -163,7 +166,7 @@ def plot(runs, pair, tasks, path):
             for scores in itertools.chain(*(run["scores"] for run in alike)):
                 curve.setdefault(scores["step"], []).append(scores[column])
             if curve:
-                means, halves = zip(*map(scoring.mean_and_half, curve.values()))
+                means, halves = zip(*map(mean_and_half, curve.values()))
                 ax.errorbar(list(curve), means, halves, markersize=4, linewidth=1.2,
                             elinewidth=0.8, capsize=2, label=name, **style)
         ax.set(title=task, xlabel="step", ylabel=column)
@@ -172,10 +175,25 @@ def plot(runs, pair, tasks, path):
     figure.savefig(path, dpi=110)
 
 
+def mean_and_half(values):
+    """Return (mean, half the width of its 95 % interval, NaN of one value), by Student's t."""
+    values = list(values)
+    if len(values) < 2:
+        return scoring.mean(values), math.nan
+    t = T95[min(len(values) - 2, len(T95) - 1)]
+    return scoring.mean(values), t * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
+def interval(values, digits=1):
+    """Return "mean ± half the width of its 95 % interval" over runs; of one, the value alone."""
+    middle, half = mean_and_half(values)
+    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
+
+
 def cell(runs, task, key, digits=1):
     """Return the mean at key ± its interval, as a table has it; empty where nothing is known."""
     values = per_seed(runs, task, key)
-    return scoring.interval(values, digits) if values else ""
+    return interval(values, digits) if values else ""
 
 
 def per_seed(runs, task, key):
@@ -303,4 +321,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()
