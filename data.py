@@ -181,8 +181,7 @@ def read_pairs(path, fields=("source", "target")):
             text = row.get(field)
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{path}:{line}: expected text as {field!r}, found {text!r:.80}; "
-                                 "mend or remove this line, or choose --fields from "
-                                 f"{', '.join(row):.200}")
+                                 f"mend or remove it, or choose --fields from {', '.join(row):.99}")
         pairs.append(tuple(row[field] for field in fields))
     if not path.endswith(TABLES):
         source, comma, target = path.partition(",")
@@ -208,9 +207,8 @@ def json_rows(path):
             try:
                 row = dict(json.loads(line))
                 json.dumps(row, ensure_ascii=False).encode()  # JSON may have half of an emoji
-            except (ValueError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r} "
-                                 f"({error!s:.99})") from None
+            except (ValueError, TypeError, RecursionError) as why:
+                raise ValueError(f"{path}:{number}: expected a JSON object: {why!s:.99}") from None
             yield number, row
 
 

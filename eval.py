@@ -561,8 +561,7 @@ def compare(folders):
         scored_on = {"task": found["task"], "test sizes": sizes, **found.get("texts", {})}
         for kind, value in scored_on.items():
             if alike.setdefault(kind, value) != value:
-                raise ValueError(f"{folder}: expected scores on the {kind} of {folders[0]}, found "
-                                 "others; score them alike with eval.py")
+                raise ValueError(f"{folder}: expected scores on the {kind} of {folders[0]}")
     targets = [lang for lang in sizes if lang not in learnt]
     kinds = ("rougeL", "wrong_language", "source_language", "mixed")
     table([[folder, found["task"], *columns(found, targets, kinds)]
@@ -680,12 +679,11 @@ def parse_args(argv=None):
         known.out = known.device = None  # the run may have moved, to another machine too
         run = vars(known).copy()
         args = parser.parse_args(argv, known)
-        changed = [name for name in run if vars(args)[name] != run[name] and name != "device"]
-        if changed and not args.out:
-            parser.error(f"expected --out FOLDER for scores that are not the run's, with another "
-                         f"--{changed[0].replace('_', '-')}")
+        other = [name for name in run if vars(args)[name] != run[name] and name != "device"]
+        if other and not args.out:
+            parser.error(f"--out: expected FOLDER, as {other[0]} is not the run's")
     elif args.model and not args.out and Path("runs/eval/scores.json").exists():
-        parser.error("expected --out FOLDER, as runs/eval has scores already")
+        parser.error("--out: expected FOLDER, as runs/eval has scores already")
     if args.out and (Path(args.out) / "args.json").exists():
         parser.error(f"--out: expected a folder without a run, found {args.out}")
     return complete(args)

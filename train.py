@@ -37,7 +37,7 @@ from model import load, read_checkpoint, save
 from xlrs import FLOOR, pool, regulariser
 
 PARTS = ("embedding", "encoder", "decoder", "head")
-HELD = contextlib.ExitStack()  # what main() lets go of at its end: the lock on the run's folder
+HELD = contextlib.ExitStack()  # what main() lets go of at its end: the lock on a run's folder
 MAY_CHANGE = ("steps", "eval_every", "out", "resume", "device", "compile", "recompute")
 
 
@@ -176,14 +176,24 @@ def own_rows(tensors, rank, processes, device):
 # which --resume goes on. What is random in a step depends on --seed, the step and the rank alone.
 
 def claim_folder(args, rank):
-    """Return the run's folder with its arguments in it; ValueError where it has another run's."""
+    """Return the run's folder with its arguments in it; ValueError where it has another run's.
+
+    Other processes are kept out of it until main() or this process ends, by a kill too.
+    """
     name = f"runs/{args.task}-{'-'.join(data.files_by_language(args.train))}-reg{args.reg:g}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     folder = Path(args.out or next(name for name in names if not Path(name).exists()))
     if rank > 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
+    try:
+        import fcntl  # Windows has none, and some network disks have no locks
+        HELD.callback(os.close, descriptor := os.open(folder, os.O_RDONLY))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is at work on this run; let it end") from None
+    except (ImportError, OSError) as error:
+        print(f"{folder} cannot be locked ({error}): do not resume a run that is going on")
     if (folder / "args.json").exists():
         if not args.resume:
             raise ValueError(f"{folder}: holds a run already; add --resume, or name another --out")
@@ -195,18 +205,6 @@ def claim_folder(args, rank):
     content = {"arguments": vars(args), "torch": torch.__version__}
     data.write_file(folder / "args.json", json.dumps(content, indent=1) + "\n")
     return folder
-
-
-def lock(folder):
-    """Keep other processes out of the folder until main() or this process ends, by a kill too."""
-    try:
-        import fcntl  # Windows has none, and some network disks do not do it
-        HELD.callback(os.close, descriptor := os.open(folder, os.O_RDONLY))
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder}: another process is at work on this run; let it end") from None
-    except (ImportError, OSError) as error:
-        print(f"{folder} cannot be locked ({error}): do not resume a run that is going on")
 
 
 def resume(folder, model, optimizer, rank, steps):
@@ -250,7 +248,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--dev", nargs=1, metavar="TEXT", help="source-language development pairs (toy: stories)")
     add("--train-size", type=positive, metavar="N", help="pairs a language (all; toy: 4000)")
-    add("--init", metavar="CHECKPOINT", default=scoring.TOY_BASE, help="start (the toy base)")
+    add("--init", metavar="CHECKPOINT", default=scoring.BASE, help="start (the toy base)")
     add("--reg", type=float, default=0.0, metavar="λ",
         help="weight of the regulariser, nats per cosine of 1 of each other language (0: none)")
     add("--reg-floor", type=float, default=FLOOR, metavar="COSINE",
