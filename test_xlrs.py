@@ -933,9 +933,8 @@ def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(
         found = json.loads((tmp_path / "scores.json").read_text())["scores"]
         assert list(found) == ["de"] and found["de"]["n"] == 2
     assert "over older scores" in capsys.readouterr().out
-    (tmp_path / "runs" / "eval").mkdir(parents=True)
-    (tmp_path / "runs" / "eval" / "scores.json").touch()
     monkeypatch.chdir(tmp_path)
+    Path("runs/eval/scores.json").mkdir(parents=True)
     for words, part in (([small_run, "--test", "de"], "test is not the run's"),
                         ([small_run, "--eval-size", "9"], "eval_size is not"),
                         ([scoring.TOY_BASE], "runs/eval has scores"),
@@ -945,11 +944,11 @@ def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(
 
 
 def test_a_mean_is_blank_where_a_language_lacks_the_number():
-    system = {"scores": {"de": {"rougeL": 20.}, "fr": {"rougeL": 30., "wrong_language": 1.}},
-              "xlrs": {"de": .5}}
-    assert scoring.columns(system, ["de", "fr"]) == [25., "", "", ""]
-    assert scoring.columns(system, ["fr"]) == [30., 1., "", ""]
-    assert scoring.columns(system, ["de"])[3] == "0.50"
+    scores = {"de": {"rougeL": 20.}, "fr": {"rougeL": 30., "wrong_language": 1.}}
+    for languages, right in (("de", [20., "", "", "0.50"]), ("fr", [30., 1., "", ""]),
+                             ("de fr", [25., "", "", ""])):
+        found = scoring.columns({"scores": scores, "xlrs": {"de": .5}}, languages.split())
+        assert found == right
 
 
 def write_run(folder, similarity=0.5, rouge=12.5, n=8, source="en", **content):
@@ -1329,12 +1328,11 @@ def test_a_vocabulary_of_byte_pairs_is_not_exported(tmp_path):
 
 def test_trimming_keeps_segmentation_states_and_scores(hub, tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8")
-    row = gzip.compress(json.dumps({"id": 3, "text": TEXTS[1]}).encode() + b"\n\n")
-    (tmp_path / "b.jsonl.gz").write_bytes(row)
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(f"{TEXTS[3]}\n{TEXTS[1]}\n".encode()))
     convert(hub(), tmp_path / "full.pt")
-    convert(hub(), tmp_path / "small.pt", trim=[tmp_path / "a.txt", str(tmp_path / "b.jsonl.gz")])
+    convert(hub(), tmp_path / "small.pt", trim=[tmp_path / "a.txt", str(tmp_path / "b.csv.gz")])
     (full, tokenizer), (small, trimmed) = load(tmp_path / "full.pt"), load(tmp_path / "small.pt")
-    kept = tokenizer.needed(TEXTS[:2])
+    kept = tokenizer.needed(TEXTS[:2])  # a column's name is no text
     assert len(trimmed) == len(kept) == small.config.vocab_size < len(tokenizer)
     for text in TEXTS[:2]:
         ids, few = (torch.tensor([one.encode(text)]) for one in (tokenizer, trimmed))
@@ -1408,12 +1406,14 @@ def test_the_claims_of_four_tiny_runs_are_as_worked_by_hand(tmp_path, capsys):
     assert json.loads((tmp_path / "again.json").read_text()) == runs
 
 
-@pytest.mark.parametrize("words", ["train.py --help", "eval.py --help", "select.py toy/ł"])
-def test_a_console_that_cannot_show_a_character_shows_its_escape(monkeypatch, words):
+@pytest.mark.parametrize("words, shown", [
+    ("train.py --help", "\\u03bb"), ("select.py RUN", "\\u0142"), (
+        "eval.py toy/base.pt --test ru --test-size 1 --parallel en ru --out RUN/x", "\\u0431")])
+def test_a_console_that_cannot_show_a_character_shows_its_escape(
+        monkeypatch, tmp_path, words, shown):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    finished = script(*words.split())
-    assert "Traceback" not in finished.stderr
-    assert ("\\u03bb" if "train" in words else "") in finished.stdout
+    finished = script(*words.replace("RUN", str(write_run(tmp_path / "ł"))).split())
+    assert finished.returncode == 0 and shown in finished.stdout
 
 
 def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path, monkeypatch):
