@@ -6,6 +6,7 @@ Shapes: B sentences, S source tokens, T target tokens, L languages.
 import configparser
 import csv
 import functools
+import gzip
 import itertools
 import json
 import os
@@ -148,8 +149,8 @@ def parallel_texts(args):
     """
     source, paths = languages(args)[0], files_by_language(args.parallel)
     if source not in paths or len(paths) < 2 or len(set(map(bool, paths.values()))) > 1:
-        raise ValueError(f"--parallel: expected the source language {source} and others, all of "
-                         f"the toy world or all LANG=FILE, found {args.parallel}")
+        raise ValueError(f"--parallel: expected the source {source} and others, all of the toy "
+                         f"world or all LANG=FILE, found {args.parallel}")
     paths = {source: paths[source], **paths}
     if paths[source] is None:
         drawn = stories("parallel", 300 + args.eval_size)
@@ -158,13 +159,16 @@ def parallel_texts(args):
         texts = read_parallel(paths)
     held = min(args.eval_size, len(texts[source]) // 2)
     if held == 0:
-        raise ValueError("--parallel: expected at least two aligned lines, found one")
+        raise ValueError("--parallel: expected at least two lines of aligned text, found fewer")
     return ({lang: sentences[held:] for lang, sentences in texts.items()},
             {lang: sentences[:held] for lang, sentences in texts.items()})
 
 
-# Readers and the writer of files. A mistake is a ValueError that names the file and, where there
-# is one, the line; a file that cannot be opened is an OSError.
+# Readers of files, which may be packed in .gz, and the writer. A mistake is a ValueError that names
+# the file and, where there is one, the line; a file that cannot be opened is an OSError.
+
+TABLES = (".jsonl", ".tsv", ".csv", ".jsonl.gz", ".tsv.gz", ".csv.gz")  # with named columns
+
 
 def read_pairs(path, fields=("source", "target")):
     """Return [(source, target), …] of a file: one pair an object, a row, or a line.
@@ -173,41 +177,46 @@ def read_pairs(path, fields=("source", "target")):
     fields: the names of the source's and the target's column.
     """
     path, pairs = str(path), []
-    if not path.endswith((".jsonl", ".tsv", ".csv")):
-        source, comma, target = path.partition(",")
-        if not comma:
-            raise ValueError(f"{path}: expected .jsonl, .tsv, .csv, or SOURCE_FILE,TARGET_FILE")
-        return list(zip(*read_parallel({"source": source, "target": target}).values()))
-    for line, row in json_rows(path) if path.endswith(".jsonl") else table_rows(path):
+    for line, row in each_row(path) if path.endswith(TABLES) else ():
         for field in fields:
             text = row.get(field)
             if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{path}:{line}: expected text as {field!r}, found {text!r}; mend "
-                                 f"or remove this line, or choose --fields from {', '.join(row)}")
+                raise ValueError(f"{path}:{line}: expected text as {field!r}, found {text!r:.80}; "
+                                 f"mend or remove it, or choose --fields from {', '.join(row):.99}")
         pairs.append(tuple(row[field] for field in fields))
+    if not path.endswith(TABLES):
+        source, comma, target = path.partition(",")
+        if not comma:
+            raise ValueError(f"{path}: expected .jsonl, .tsv, .csv, or SOURCE_FILE,TARGET_FILE")
+        pairs = list(zip(*read_parallel({"source": source, "target": target}).values()))
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found none")
     return pairs
 
 
+def each_row(path):
+    """Return an iterator of (line number, {column: value}); other files than TABLES have one."""
+    if path.endswith(TABLES):
+        return json_rows(path) if ".jsonl" in path[-9:] else table_rows(path)
+    return ((number, {"": line}) for number, line in enumerate(each_line(path), start=1))
+
+
 def json_rows(path):
     """Yield (line number, object) of a file with a JSON object a line; blank lines are left out."""
     for number, line in enumerate(each_line(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, found {line[:40]!r}")
-        yield number, row
+        if line.strip():
+            try:
+                row = dict(json.loads(line))
+                json.dumps(row, ensure_ascii=False).encode()  # JSON may have half of an emoji
+            except (ValueError, TypeError, RecursionError) as why:
+                raise ValueError(f"{path}:{number}: expected a JSON object: {why!s:.99}") from None
+            yield number, row
 
 
 def table_rows(path):
     """Yield (line number, {column: text}) of a table with a header; line breaks may be quoted."""
     csv.field_size_limit(2**31 - 1)  # instead of 131,072 characters
-    separator = "\t" if path.endswith(".tsv") else ","
+    separator = "\t" if ".tsv" in path[-7:] else ","
     lines = (line + "\n" for line in each_line(path))
     table = csv.DictReader(lines, delimiter=separator, restval="", strict=True)
     try:
@@ -228,25 +237,32 @@ def read_parallel(paths):
 
     paths: {language: path}. A line that is blank in one file is left out in all.
     """
-    texts = {language: list(each_line(path)) for language, path in paths.items()}
+    texts = {language: read_lines(path) for language, path in paths.items()}
     if len(set(map(len, texts.values()))) > 1:
         found = ", ".join(f"{paths[language]} has {len(texts[language])}" for language in texts)
         raise ValueError(f"expected aligned files with equally many lines, found {found}")
-    rows = [row for row in zip(*texts.values()) if all(map(str.strip, row))]
-    if not rows:
-        raise ValueError(f"{' and '.join(paths.values())}: expected aligned text, found none")
-    return dict(zip(texts, zip(*rows)))
+    full = [all(map(str.strip, row)) for row in zip(*texts.values())]
+    return {language: tuple(itertools.compress(texts[language], full)) for language in texts}
+
+
+def read_lines(path):
+    """Return the texts of a file that has one a line; ValueError for a table, or JSON's start."""
+    lines = list(each_line(path))
+    if str(path).lower().endswith(TABLES) or re.match(r'\s*\[?\{\s*("|$)', "".join(lines[:1])):
+        raise ValueError(f"{path}: expected a text a line, found a table; take one column of it")
+    return lines
 
 
 def each_line(path):
     """Yield the lines of a UTF-8 text file, split at line feeds alone, without carriage returns."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
+    number, opened = 0, gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opened(path, "rb") as file:
+            for number, raw in enumerate(file, start=1):
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: expected UTF-8: {error}; convert it") from None
-            yield line.removesuffix("\n").removesuffix("\r")
+                yield line.removesuffix("\n").removesuffix("\r")
+    except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}:{number}: expected UTF-8: {error}; convert or unpack") from None
 
 
 def write_file(path, content):
@@ -266,9 +282,10 @@ def write_file(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save puts a RuntimeError over the disk's
-        temporary.unlink(missing_ok=True)
         raise OSError(f"{path}: could not be written ({error.__context__ or error}); what stood "
                       "there before still does; make room, or write elsewhere") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Tokenizer:
@@ -317,9 +334,7 @@ class Tokenizer:
         """
         ids = {i for i in range(len(self))
                if self.pieces.get_score(i) == 0 or len(self.pieces.id_to_piece(i)) == 1}
-        for text in texts:
-            ids.update(self.pieces.encode(text))
-        return sorted(ids)
+        return sorted(ids.union(itertools.chain.from_iterable(map(self.pieces.encode, texts))))
 
     def only(self, ids):
         """Return a tokenizer with these pieces only, renumbered from 0 in the order they stand.

@@ -28,6 +28,11 @@ from model import load, read_json, whole
 from xlrs import choose, pool, xlrs
 
 TOY_BASE, LID = data.TOY / "base.pt", data.TOY / "lid.bin"
+BASE = "toy/base.pt"  # TOY_BASE in a run's arguments: so runs and checkouts may move
+# The settings of the runs of lab/results, which a report shows beside a run with the same ones.
+SHIPPED = dict(init=BASE, train=["en"], train_size=None, dropout=None, lr=5e-4, steps=100,
+               warmup=20, batch_size=32, eval_every=10, eval_size=100, test_size=None,
+               max_source=512, max_target=32, num_beams=1)
 SHOWN = 20  # texts a language among which a report looks for one to show
 
 # Scores -------------------------------------------------------------------------------------------
@@ -475,40 +480,46 @@ def choose_checkpoint(folder, by=None):
     return rows[offered.index(chosen)]
 
 
-def score_run(folder, tests, args, device, autocast):
+def score_run(folder, tests, held_out, args, device, autocast):
     """Score a run's base and chosen checkpoint on tests; print, and write to args.out or folder.
 
-    For a run of the toy world the shipped scores stand around them: of the usual way, `--reg 0` and
-    the checkpoint that is best on the source; and of fine-tuning in the target language itself.
+    tests: {language: pairs}; held_out: {language: sentences}, aligned, for XLRS. For a run of the
+    toy world with the settings in SHIPPED the shipped scores stand around them: of the usual way,
+    `--reg 0` and the checkpoint that is best on the source; and of fine-tuning in the target
+    language itself.
     """
     step = read_json(folder / "selected.json")["step"]
-    base = score_checkpoint(folder / "step_000000.pt", tests, args, device, autocast)
-    ours = score_checkpoint(folder / f"step_{step:06d}.pt", tests, args, device, autocast)
+    base, ours = (score_checkpoint(folder / f"step_{number:06d}.pt", tests, held_out, args, device,
+                                   autocast) for number in (0, step))
     systems = {"base": base, "this run": ours}
     shipped = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
-    in_toy = Path(args.init).resolve() == TOY_BASE and "=" not in str(args.test)
-    if in_toy and args.train == ["en"] and shipped.exists():
+    alike = all(getattr(args, name) == value for name, value in SHIPPED.items())
+    if alike and "=" not in f"{args.test} {args.parallel}" and shipped.exists():
         usual, upper = read_json(shipped).values()
         systems = {"base": base, "usual way": usual, "this run": ours, "upper bound": upper}
     report(systems, "this run", tests, args, step, Path(args.out or folder))
 
 
-def score_checkpoint(path, tests, args, device, autocast):
-    """Return {"scores": {language: …}, "outputs": {language: …}, "xlrs": {language: …}}."""
+def score_checkpoint(path, tests, held_out, args, device, autocast):
+    """Return {"scores": {language: …}, "outputs": {language: …}, "xlrs": {language: …}} and
+    "texts", checksums of what they are scores of."""
     model, tokenizer = load(path)
     model.to(device)
     with autocast:
         scores, outputs = score_tests(model, tokenizer, tests, args)
-        _, held_out = data.parallel_texts(args) if args.parallel else ({}, {})
         similarity = similarities(model, tokenizer, held_out, args) if held_out else {}
-    return {"scores": scores, "outputs": outputs, "xlrs": similarity}
+    texts = {kind: zlib.crc32(json.dumps(found).encode()) for kind, found in
+             {"test texts": tests, "parallel texts": held_out}.items() if found}
+    return {"scores": scores, "outputs": outputs, "xlrs": similarity, "texts": texts}
 
 
 def report(systems, ours, tests, args, step, folder):
     """Print systems, {name: what score_checkpoint() returns}; write the one named ours too."""
     source, ours = data.languages(args)[0], systems[ours]
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"task": args.task, "step": step, "xlrs": ours["xlrs"], "scores": ours["scores"]}
+    over = ", over older scores" if (folder / "scores.json").exists() else ""
+    content = {key: ours[key] for key in ("xlrs", "scores", "texts")}
+    content = {"task": args.task, "step": step, **content}
     data.write_file(folder / "scores.json", json.dumps(content, indent=1) + "\n")
     lines = [json.dumps({"language": lang, "source": text, "reference": reference,
                          "output": output}, ensure_ascii=False) + "\n"
@@ -532,7 +543,7 @@ def report(systems, ours, tests, args, step, folder):
             print(f"\n{title}, {lang}: {text[:300]}")
             for name, shown in {"reference": reference, **answers}.items():
                 print(f"{name:12} {shown[:300]}")
-    print(f"\nWritten to {folder}")
+    print(f"\nWritten to {folder}{over}")
 
 
 def examples(systems, targets, expected):
@@ -552,58 +563,44 @@ def examples(systems, targets, expected):
 
 
 def columns(system, languages, kinds=("rougeL", "wrong_language", "source_language")):
-    """Return the means over languages of a system's scores of these kinds, then of its XLRS."""
-    scores = [system["scores"][lang] for lang in languages if lang in system["scores"]]
-    similarity = [system["xlrs"][lang] for lang in languages if lang in system["xlrs"]]
-    return [*(mean(one[kind] for one in scores if kind in one) for kind in kinds),
-            f"{mean(similarity):.2f}" if similarity else ""]
+    """Return the means over languages of a system's scores of these kinds, then of its XLRS.
+
+    A mean is blank, "", where one of the languages lacks the number.
+    """
+    found = [[system["scores"].get(lang, {}).get(kind) for lang in languages] for kind in kinds]
+    found.append([system["xlrs"].get(lang) for lang in languages])
+    *means, similarity = ["" if None in row or not row else mean(row) for row in found]
+    return [*means, similarity if similarity == "" else f"{similarity:.2f}"]
 
 
 def compare(folders):
-    """Print a row a run: target languages' means; of runs that differ in the seed alone, theirs.
+    """Print a row a run: means over the languages from which none of the runs learnt.
 
-    ± is half the width of the 95 % interval over seeds.
+    Raises ValueError where one is given twice, or two are scored on other tasks, sizes or texts.
     """
-    alike = {}  # all arguments but these three -> rows
+    if len(set(map(os.path.realpath, folders))) < len(folders):
+        raise ValueError(f"--compare: expected each run once, found {' '.join(folders):.200}")
+    runs, learnt, alike = {}, set(), {}
     for folder in folders:
-        args = vars(read_run(folder)[0]) | dict.fromkeys(("seed", "out", "resume"))
-        found = read_json(Path(folder) / "scores.json")
-        targets = [x for x in found["scores"] if x not in data.files_by_language(args["train"])]
-        kinds = ("rougeL", "wrong_language", "source_language", "mixed")
-        alike.setdefault(json.dumps(args), []).append(
-            [folder, args["task"], *columns(found, targets, kinds)])
-    rows = []
-    for members in alike.values():
-        rows += members
-        if len(members) > 1:
-            numbers = [interval(map(float, column), digits) if "" not in column else ""
-                       for digits, column in zip((1, 1, 1, 1, 2), list(zip(*members))[2:])]
-            rows.append([f"  mean of {len(members)} seeds", members[0][1], *numbers])
-    table(rows, ["run", "task", "ROUGE-L", "wrong %", "source %", "mixed %", "XLRS"])
-
-
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 1 to 9 degrees
+        learnt |= data.files_by_language(read_run(folder)[0].train).keys()
+        runs[folder] = found = read_json(Path(folder) / "scores.json")
+        sizes = {lang: scores["n"] for lang, scores in found["scores"].items()}
+        scored_on = {"task": found["task"], "test sizes": sizes, **found.get("texts", {})}
+        for kind, value in scored_on.items():
+            if alike.setdefault(kind, value) != value:
+                raise ValueError(f"{folder}: expected scores on the {kind} of {folders[0]}")
+    targets = [lang for lang in sizes if lang not in learnt]
+    kinds = ("rougeL", "wrong_language", "source_language", "mixed")
+    table([[folder, found["task"], *columns(found, targets, kinds)]
+           for folder, found in runs.items()],
+          [f"mean of {' '.join(targets)}", "task", "ROUGE-L", "wrong %", "source %", "mixed %",
+           "XLRS"])
 
 
 def mean(values):
     """Return the mean of values, NaN of none."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
-
-
-def mean_and_half(values):
-    """Return (mean, half the width of its 95 % interval, NaN of one value), by Student's t."""
-    values = list(values)
-    if len(values) < 2:
-        return mean(values), math.nan
-    t = T95[min(len(values) - 2, len(T95) - 1)]
-    return mean(values), t * np.std(values, ddof=1) / math.sqrt(len(values))
-
-
-def interval(values, digits=1):
-    """Return "mean ± half the width of its 95 % interval" over runs; of one, the value alone."""
-    middle, half = mean_and_half(values)
-    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
 
 
 def table(rows, header):
@@ -618,12 +615,11 @@ def table(rows, header):
 
 # Command line -------------------------------------------------------------------------------------
 
-def positive(text):
+def positive(text, least=1):
     """An argparse type: a whole number from 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, found {text}")
-    return value
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number from {least}, found {text:.40}")
+    return int(text)
 
 
 def two_names(text):
@@ -693,7 +689,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("model", nargs="?", metavar="CHECKPOINT|RUN", help="what to score")
     add("--by", choices=["xlrs", "dev"], help="choose the run's checkpoint anew")
-    add("--compare", nargs="+", metavar="RUN", help="print a row a run, and means over seeds")
+    add("--compare", nargs="+", metavar="RUN", help="print a row a run")
     add_texts(parser)
     add = parser.add_argument_group("files of any system, a text a line").add_argument
     add("--hyp", metavar="FILE", help="the outputs")
@@ -708,7 +704,15 @@ def parse_args(argv=None):
     if args.model and Path(args.model).is_dir():  # what is not given is as in the run
         known, _ = read_run(args.model)
         known.out = known.device = None  # the run may have moved, to another machine too
+        run = vars(known).copy()
         args = parser.parse_args(argv, known)
+        other = [name for name in run if vars(args)[name] != run[name] and name != "device"]
+        if other and not args.out:
+            parser.error(f"--out: expected FOLDER, as {other[0]} is not the run's")
+    elif args.model and not args.out and Path("runs/eval/scores.json").exists():
+        parser.error("--out: expected FOLDER, as runs/eval has scores already")
+    if args.out and (Path(args.out) / "args.json").exists():
+        parser.error(f"--out: expected a folder without a run, found {args.out}")
     return complete(args)
 
 
@@ -720,18 +724,19 @@ def score_model(args):
     tests = data.task_pairs(args.test, args, "test", args.test_size)
     if not tests:
         raise ValueError("no test pairs; name some with --test LANG=FILE")
+    _, held_out = data.parallel_texts(args) if args.parallel else ({}, {})
     if path.is_dir():
         if args.by or not (path / "selected.json").exists():
             choose_checkpoint(path, args.by)
-        score_run(path, tests, args, device, autocast)
+        score_run(path, tests, held_out, args, device, autocast)
     else:
-        found = score_checkpoint(path, tests, args, device, autocast)
+        found = score_checkpoint(path, tests, held_out, args, device, autocast)
         report({path.name: found}, path.name, tests, args, None, Path(args.out or "runs/eval"))
 
 
 def score_files(args):
     """Score the outputs in the file args.hyp against the references in args.ref; print."""
-    outputs, references = list(data.each_line(args.hyp)), list(data.each_line(args.ref))
+    outputs, references = data.read_lines(args.hyp), data.read_lines(args.ref)
     say_unidentified([args.lang, args.source])
     scores = score(outputs, references, args.lang, args.source, identifier(), args.expected)
     table([[args.lang, *scores.values()]], ["language", *scores])
@@ -752,4 +757,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()

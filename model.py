@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from data import EOS, IGNORE, PAD, Tokenizer, each_line, json_rows, write_file
+from data import EOS, IGNORE, PAD, Tokenizer, each_row, write_file
 
 FORMAT = "xlrs-mt5 1"  # first entry of every checkpoint; the number grows when the layout changes
 # The scores of a thousand target tokens over mT5's vocabulary take 1 GB, their gradient as much
@@ -452,8 +453,8 @@ def whole(path, expected):
         raise FileNotFoundError(f"{path}: expected {expected}, found no file") from None
     except Exception as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{path}: expected {expected}, found a broken or another file "
-                         f"({why:.300}); fetch or make it again") from None
+        raise ValueError(f"{path}: expected {expected}, found a broken or another file ({why:.300})"
+                         "; fetch it again (in a clone by git lfs pull) or make it again") from None
 
 
 # Conversion from and to the hub's folders: config.json, weights, spiece.model.
@@ -462,7 +463,7 @@ def whole(path, expected):
 EXPECTED = {"model_type": ["mt5", "t5"], "feed_forward_proj": ["gated-gelu"],
             "dense_act_fn": ["gelu_new", "gelu_pytorch_tanh"], "pad_token_id": [PAD],
             "decoder_start_token_id": [PAD], "eos_token_id": [EOS, [EOS]],
-            "forced_bos_token_id": [None]}
+            "forced_bos_token_id": [None], "scale_decoder_outputs": [False]}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # never used
@@ -489,8 +490,8 @@ def published_names(config):
 def convert(source, target, trim=()):
     """Write the mT5 in the hub folder source to the checkpoint file target; print what was done.
 
-    trim: text files; where given, only the pieces that they need are kept, and their rows of
-    embedding and head. Raises FileNotFoundError, ValueError.
+    trim: text files, or tables of texts; where given, only the pieces that they need are kept, and
+    their rows of embedding and head. Raises FileNotFoundError, ValueError.
     """
     folder = Path(source)
     settings, tokenizer = read_settings(folder), read_tokenizer(folder)
@@ -503,7 +504,8 @@ def convert(source, target, trim=()):
         if len(tokenizer) > config.vocab_size:
             raise ValueError(f"room for at most {config.vocab_size} pieces, not {len(tokenizer)}")
     if trim:
-        kept = tokenizer.needed(each_text(trim))
+        kept = tokenizer.needed(text for path in trim for _, row in each_row(str(path))
+                                for text in row.values() if isinstance(text, str))
         tokenizer, config.vocab_size = tokenizer.only(kept), len(kept)
         for layer in (model.embedding, model.head):
             layer.weight = nn.Parameter(layer.weight[kept])
@@ -515,7 +517,10 @@ def convert(source, target, trim=()):
 def read_settings(folder):
     """Return the dict in config.json; raises ValueError where settings are not those of an mT5."""
     for path in folder.glob("*config.json"):  # generation_config.json may have its own
-        for name, value in read_json(path).items():
+        found = read_json(path)
+        if found.get("model_type") == "t5":  # which scales what the head gets unless told not to
+            found.setdefault("scale_decoder_outputs", found.get("tie_word_embeddings") is not False)
+        for name, value in found.items():
             if name in EXPECTED and value not in [*EXPECTED[name], None]:
                 raise ValueError(f"{path}: expected {name} {EXPECTED[name][0]!r}, as mT5 has it, "
                                  f"found {value!r:.80}: not supported")
@@ -537,22 +542,32 @@ def read_tokenizer(folder):
     known |= {f"<extra_id_{i}>" for i in range(100)}  # mT5's pieces begin with a space
     for path in folder.glob("*token*.json"):
         content = read_json(path)
-        # tokenizer.json has the one, tokenizer_config.json the other, added_tokens.json neither.
-        tokens = content.get("added_tokens") or content.get("added_tokens_decoder", {}).values()
-        listed = {token["content"] for token in tokens}
-        if path.name == "added_tokens.json":
-            listed = set(content)
-        if added := sorted(listed - known):
+        with whole(path, "added tokens as objects that have content"):
+            # tokenizer.json has the one, tokenizer_config.json the other; added_tokens.json neither
+            tokens = content.get("added_tokens") or content.get("added_tokens_decoder", {}).values()
+            listed = {str(token["content"]) for token in tokens}
+            added = sorted((set(content) if path.name == "added_tokens.json" else listed) - known)
+        if added:
             raise ValueError(f"{path}: expected no tokens beyond those of spiece.model, found "
-                             f"{' '.join(added)[:80]}: added tokens are not supported")
+                             f"{repr(' '.join(added))[1:-1]:.80}: added tokens are not supported")
     return tokenizer
 
 
 def read_weights(folder):
-    """Return {published name: tensor} from a hub folder's weights, whole or in shards."""
-    paths = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not paths:
-        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin")
+    """Return {published name: tensor} from a hub folder's weights, whole or in shards.
+
+    By their usual name, else by index, else the shards of one save; what else lies there, of an
+    earlier save or in another precision, is left alone.
+    """
+    paths = [path for name in ("model.safetensors", "pytorch_model.bin")
+             for path in (folder / name, folder / f"{name}.index.json") if path.exists()][:1]
+    paths = paths or [*folder.glob("model-*.safetensors"), *folder.glob("pytorch_model-*.bin")]
+    if len({path.name.partition("-of-")[2] for path in paths}) != 1:
+        raise FileNotFoundError(f"{folder}: expected model.safetensors or pytorch_model.bin, or "
+                                f"shards and their index, found {len(paths)} shards without one")
+    if paths[0].suffix == ".json":
+        with whole(paths[0], "an index of shards"):
+            paths = {folder / name for name in read_json(paths[0])["weight_map"].values()}
     weights = {}
     for path in paths:
         with whole(path, "weights of a model"):
@@ -592,12 +607,15 @@ def infer_config(settings, published):
         setattr(config, name, settings.get(name, getattr(config, name)))
     for name, value in asdict(config).items():
         if settings.get(name, value) != value:
-            print(f"ignored, contradicts the weights: {name} {settings[name]} (weights: {value})")
+            print(f"contradicts the weights: {name} {settings[name]!r:.40} (weights: {value})")
     return config
 
 
 def our_weights(published, config):
-    """Return {our name: float32 tensor} of all published ones but copies, which are printed."""
+    """Return {our name: float32 tensor} of all published ones but copies, which are printed.
+
+    Each has memory of its own, whatever shared one in the file: two weights in one would both move.
+    """
     ours = {theirs: name for name, theirs in published_names(config).items()}
     weights = {}
     for name, tensor in published.items():
@@ -606,25 +624,20 @@ def our_weights(published, config):
         elif not tensor.isfinite().all():
             raise ValueError(f"{name} has numbers that are not finite")
         else:
-            weights[ours.get(name, name)] = tensor.float()
+            weights[ours.get(name, name)] = tensor.to(torch.float32, copy=True)
     return weights
 
 
-def each_text(paths):
-    """Yield the lines of text files; of .jsonl files the strings in each line."""
-    for path in map(str, paths):
-        if path.endswith(".jsonl"):
-            for _, row in json_rows(path):
-                yield from (value for value in row.values() if isinstance(value, str))
-        else:
-            yield from each_line(path)
-
-
 def export(checkpoint, folder):
-    """Write the checkpoint as a hub folder that transformers loads; print what was written."""
+    """Write the checkpoint as a hub folder that transformers loads; print what was written.
+
+    Raises ValueError where the folder has files: those of an earlier save might be read instead.
+    """
     model, tokenizer = load(checkpoint)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if found := sorted(folder.iterdir()):
+        raise ValueError(f"{folder}: expected an empty or a new folder, found {found[0].name}")
     settings = {name: values[0] for name, values in EXPECTED.items()} | asdict(model.config)
     settings |= {"architectures": ["MT5ForConditionalGeneration"], "tie_word_embeddings": False}
     write_file(folder / "config.json", json.dumps(settings, indent=2))
@@ -660,4 +673,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()

@@ -33,7 +33,6 @@ def show(args, rows, chosen):
 
 def main(argv=None):
     import argparse
-    import sys
 
     parser = argparse.ArgumentParser(description="Choose a checkpoint of a run.")
     parser.add_argument("run", metavar="RUN", help="a run folder that train.py wrote")
@@ -49,9 +48,11 @@ def main(argv=None):
         print(f"step {chosen['step']} was chosen: {args.run}/selected.json; "
               f"python eval.py {args.run} scores it")
     except (ValueError, OSError) as error:
-        print(f"select.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.exit(2, f"select.py: {error}\n")
 
 
 if __name__ == "__main__":
+    import sys
+
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()

@@ -614,9 +614,9 @@ def test_every_format_of_the_readme_is_read_as_its_table_says(tmp_path, monkeypa
 
 
 def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_path):
-    for name, separator in (("a.csv", ","), ("a.tsv", "\t")):
-        (tmp_path / name).write_bytes(f"source{separator}target\r\n"
-                                      f'"one\ntwo"{separator}{"x" * 200_000}\r\n'.encode())
+    for name, separator in (("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")):
+        text = f'source{separator}target\r\n"one\ntwo"{separator}{"x" * 200_000}\r\n'.encode()
+        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
         assert data.read_pairs(tmp_path / name) == [("one\ntwo", "x" * 200_000)]
 
 
@@ -630,6 +630,16 @@ def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_p
     ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "carriage return"]),
     ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double its own quotes"]),
     ("a.tsv", b'source\ttarget\none\t"eins\ntwo\tzwei\nthree\tdrei"\n', ["a.tsv:4", "literal"]),
+    ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a", "target": "b\\ud83d"}\n',
+     ["a.jsonl:2", "can't encode", "ud83d"]), ("a.jsonl", b"[[1]]\n", ["a.jsonl:1", "JSON object"]),
+    ("a.jsonl", b"[" * 99999, ["a.jsonl:1", "recursion"]),
+    ("a.jsonl", b'{"source": [%s1], "%s": 2}' % (b"1, " * 9999, b"x" * 9999), ["[1, 1, 1", ", xx"]),
+    ("a.tsv.gz", gzip.compress(b"source\ttarget\na\tb")[:-9], ["a.tsv.gz", "ended before"]),
+    ("a.jsonl.gz", b"source\n", ["a.jsonl.gz", "Not a gzipped file"]),
+    ("en.jsonl,de", b'{"a": "b"}\n|a\n', ["en.jsonl: expected a text a line"]),
+    ("en,de.TSV", b"a\n|a\n", ["de.TSV: expected a text a line"]),
+    ("en,de", b'{"a": "b"}\n|a\n', ["en: expected a text"]),
+    ("en,de", b'a\n|[{\n', ["de: expected a text"]),
     ("a.txt", b"x\n", ["a.txt", ".jsonl"]), ("en,de", b"a\nb\n|a\n", ["en has 2, de has 1"])])
 def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, monkeypatch, name, content, parts):
     monkeypatch.chdir(tmp_path)
@@ -646,9 +656,11 @@ def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, monkeypatch, na
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(os, "fsync", lambda number: calls.append("fsync"))
-    monkeypatch.setattr(os, "replace", lambda *paths: calls.append("replace"))
+    monkeypatch.setattr(os, "replace", lambda old, new: calls.append(Path(old).read_text()))
     data.write_file(tmp_path / "a", "text")
-    assert calls == ["fsync", "replace"] and (tmp_path / "a.tmp").read_text() == "text"
+    with pytest.raises(UnicodeEncodeError):
+        data.write_file(tmp_path / "b", "half an emoji \ud83d")
+    assert calls == ["fsync", "text"] and not any(tmp_path.iterdir()), "no temporary file stays"
 
 
 def test_sentinels_and_padding_are_no_text():
@@ -876,6 +888,9 @@ def test_a_run_leaves_what_the_contract_names(small_run):
     assert names == {"args.json", "log.jsonl", "selected.json", "scores.json", "outputs.jsonl",
                      "last.pt", *(f"step_{step:06d}.pt" for step in (0, 2, 4, 6))}
     assert "optimizer" not in read_checkpoint(small_run / "step_000006.pt")
+    assert scoring.read_run(small_run)[0].init == "toy/base.pt", "wherever that is: it may move"
+    assert train.parse_args(["--init", str(scoring.TOY_BASE)]).init == "toy/base.pt"
+    assert scoring.SHIPPED.items() <= vars(train.parse_args([])).items(), "no longer the defaults"
     scores = json.loads((small_run / "scores.json").read_text())
     assert scores["task"] == "title" and set(scores["xlrs"]) == {"de", "ru"}
     for kinds in scores["scores"].values():
@@ -926,7 +941,8 @@ def test_a_run_tells_at_each_measurement_what_select_shows(tmp_path, capsys):
         assert numbers == [word for word in row.split() if word[-1].isdigit()]
 
 
-def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(small_run, tmp_path):
+def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(
+        small_run, tmp_path, capsys, monkeypatch):
     finished = script("select.py", small_run)
     assert finished.returncode == 0, finished.stderr
     trained = [row for row in rows(small_run, "eval") if row["step"]]
@@ -937,25 +953,42 @@ def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(small_run, t
     assert marked == [str(lowest)]
     before = (small_run / "scores.json").read_text()
     scoring.main([str(small_run)])
+    assert "usual way" not in capsys.readouterr().out, "shown only beside runs made as it was"
     for path in (small_run, scoring.TOY_BASE):  # other scores go where they are told to
         scoring.main([str(path), *"--test de --test-size 2 --num-beams 2 --out".split(),
                       str(tmp_path)])
         found = json.loads((tmp_path / "scores.json").read_text())["scores"]
         assert list(found) == ["de"] and found["de"]["n"] == 2
+    assert "over older scores" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    Path("runs/eval/scores.json").mkdir(parents=True)
+    for words, part in (([small_run, "--test", "de"], "test is not the run's"),
+                        ([small_run, "--eval-size", "9"], "eval_size is not"),
+                        ([scoring.TOY_BASE], "runs/eval has scores"),
+                        ([scoring.TOY_BASE, "--out", small_run], "without a run")):
+        refuses(capsys, ["--out", part], scoring.main, [str(word) for word in words])
     assert (small_run / "scores.json").read_text() == before
 
 
-def write_run(folder, similarity=0.5, seed=0, rouge=12.5):
+def test_a_mean_is_blank_where_a_language_lacks_the_number():
+    scores = {"de": {"rougeL": 20.}, "fr": {"rougeL": 30., "wrong_language": 1.}}
+    for languages, right in (("de", [20., "", "", "0.50"]), ("fr", [30., 1., "", ""]),
+                             ("de fr", [25., "", "", ""])):
+        found = scoring.columns({"scores": scores, "xlrs": {"de": .5}}, languages.split())
+        assert found == right
+
+
+def write_run(folder, similarity=0.5, rouge=12.5, n=8, source="en", **content):
     """Write a run folder of two checkpoints, as far as select.py and --compare read it."""
     folder.mkdir()
-    args = vars(train.parse_args(["--out", str(folder), "--seed", str(seed)]))
+    args = vars(train.parse_args(["--out", str(folder), "--train", source]))
     (folder / "args.json").write_text(json.dumps({"arguments": args}))
-    scores = dict(rougeL=rouge, wrong_language=3., source_language=2., mixed=1., loops=0., n=8)
+    scores = dict(rougeL=rouge, wrong_language=3., source_language=2., mixed=1., loops=0., n=n)
     log = [{"kind": "eval", "step": step, "xlrs": {"de": similarity}, "dev_loss": 2.5,
             "test": {"en": scores, "de": scores}} for step in (0, 10)]
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     (folder / "scores.json").write_text(json.dumps(
-        {"task": "title", "step": 10, "xlrs": {"de": 0.5}, "scores": log[0]["test"]}))
+        {"task": "title", "step": 10, "xlrs": {"de": 0.5}, "scores": log[0]["test"], **content}))
     return folder
 
 
@@ -966,13 +999,22 @@ def test_choosing_says_when_the_base_is_below_the_floor_already(tmp_path, capsys
         assert ("not above --reg-floor -0.5" in capsys.readouterr().out) == said
 
 
-def test_runs_are_compared_row_by_row_and_seeds_by_their_mean_and_interval(tmp_path, capsys):
-    folders = [write_run(tmp_path / f"run{seed}", seed=seed, rouge=12.5 + 2 * seed)
-               for seed in range(2)]
-    scoring.main(["--compare", *map(str, folders)])
+def test_runs_are_compared_row_by_row_where_they_are_scored_alike(tmp_path, capsys):
+    same = {"test texts": 1, "parallel texts": 2}
+    a, b = (write_run(tmp_path / name, rouge=rouge, texts=same)
+            for name, rouge in (("a", 12.5), ("b", 14.5)))
+    scoring.main(["--compare", str(a), str(b)])
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[1:3] for line in table[1:3]] == [["title", "12.5"], ["title", "14.5"]]
-    assert "mean of 2 seeds" in table[3] and "13.5 ± 12.7" in table[3]  # t is 12.71
+    assert [line.split()[1:3] for line in table[1:]] == [["title", "12.5"], ["title", "14.5"]]
+    assert table[0].startswith("mean of de ")
+    others = {"task": dict(task="files"), "test sizes": dict(n=9),
+              "test texts": dict(texts=same | {"test texts": 3}),
+              "parallel texts": dict(texts=same | {"parallel texts": 3})}
+    for kind, changes in others.items():
+        other = write_run(tmp_path / kind, **{"texts": same, **changes})
+        refuses(capsys, [f"scores on the {kind} of"], scoring.main,
+                ["--compare", str(a), str(other)])
+    refuses(capsys, ["each run once"], scoring.main, ["--compare", str(a), f"{b}/../a"])
 
 
 def test_xlrs_of_the_toy_base_by_layer():
@@ -1009,7 +1051,13 @@ def test_a_frozen_part_keeps_its_weights_and_recomputing_changes_no_byte(tmp_pat
     assert all(torch.equal(tensor, same[name]) for name, tensor in new.items())
 
 
-def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(tmp_path, capsys):
+def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(
+        tmp_path, capsys, monkeypatch):
+    def objective(*words, known=train.objective):  # what was read at the start is what is scored
+        for lang in texts:
+            (tmp_path / lang).unlink(missing_ok=True)
+        return known(*words)
+    monkeypatch.setattr(train, "objective", objective)
     texts = {"en": "the {} is small", "th": "{} นั้นเล็ก", "ar": "ال{} صغير", "zh": "{}很小",
              "pcm": "di {} small"}
     for lang, text in texts.items():
@@ -1032,6 +1080,7 @@ def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(tmp_p
     (["--init", "nowhere.pt"], ["nowhere.pt: expected a checkpoint"]),
     (["--init", "toy"], ["toy: expected a checkpoint", "model.py convert"]),
     (["--batch-size", "0"], ["--batch-size", "from 1"]), (["--device", "foo"], ["--device foo"]),
+    (["--seed", "-1"], ["--seed", "from 0"]),
     (["--dtype", "float16"], ["--dtype", "float16"]), (["--resume"], ["--out"]),
     (["--dev", "de"], ["--dev", "source language en"]),
     (["--freeze", *train.PARTS], ["--freeze", "a part that learns"])])
@@ -1043,15 +1092,24 @@ def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
 
 def test_an_occupied_folder_and_changed_arguments_are_refused(small_run, capsys):
     log = (small_run / "log.jsonl").read_text()
-    for words, part in (([], "holds a run already"), (["--reg", 0.2, "--resume"], "reg was 0.1"),
+    for words, part in (([], "holds a run already"),
+                        (["--reg", 0.2, "--resume"], "reg was 0.1, is 0.2"),
                         (["--reg", 0.1, "--steps", 5, "--resume"], "--steps of at least 6")):
         refuses(capsys, [part], learn, small_run, *words)
+    (small_run / "log.jsonl").write_text("")
+    refuses(capsys, ["step 0"], learn, small_run, "--reg", 0.1, "--resume")
+    (small_run / "log.jsonl").write_text(log)
+    descriptor = os.open(small_run, os.O_RDONLY)  # as another process that resumes it has it
+    pytest.importorskip("fcntl").flock(descriptor, 2)
+    refuses(capsys, ["another process"], learn, small_run, "--reg", 0.1, "--resume")
+    os.close(descriptor)
     assert (small_run / "log.jsonl").read_text() == log
 
 
 @pytest.mark.parametrize("words, parts", [
     (["select.py", "toy"], ["args.json", "train.py"]), (["eval.py", "nothing"], ["nothing"]),
     (["select.py", "RUN"], ["log.jsonl", "broken"]),
+    ("eval.py --lang de --hyp RUN/args.json --ref RUN/args.json".split(), ["a text a line"]),
     (["lab/claims.py", "RUN/args.json"], ["args.json: expected a run"])])
 def test_a_missing_or_damaged_run_is_answered_in_one_line(tmp_path, words, parts):
     with open(write_run(tmp_path / "run") / "log.jsonl", "a") as log:
@@ -1173,6 +1231,8 @@ def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(tmp_path):
 
 FORMS = ["pytorch_model.bin", "model.safetensors", "pytorch_model-{}-of-2.bin",
          "model-{}-of-2.safetensors"]
+BESIDE = ["pytorch_model.fp16.bin", "pytorch_model.bin", "pytorch_model-1-of-3.bin",
+          "model-2-of-3.safetensors"]  # of an earlier save or in another precision: never read
 Q = "encoder.block.1.layer.0.SelfAttention.q.weight"
 
 
@@ -1194,8 +1254,12 @@ def hub(tmp_path, pieces):
         content = [(name, tensor) for name, tensor in content.items() if tensor is not None]
         shards, write_shard = (2 if "{}" in form else 1,
                                safetensors.torch.save_file if safe else torch.save)
+        index = {name: form.format(i % 2 + 1) for i, (name, _) in enumerate(content)}
         for shard in range(shards):
             write_shard(dict(content[shard::shards]), folder / form.format(shard + 1))
+        if shards == 2:
+            name = f"{FORMS[safe]}.index.json"
+            (folder / name).write_text(json.dumps({"weight_map": index}))
         (folder / "spiece.model").write_bytes(pieces)
         settings = {**asdict(TINY), "model_type": "mt5", "feed_forward_proj": "gated-gelu",
                     "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
@@ -1208,9 +1272,15 @@ def hub(tmp_path, pieces):
     return write
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_hub_folder_converts_to_the_same_weights(hub, tmp_path, pieces, form, capsys):
-    folder = hub(form, {mt5.STRAY: torch.zeros(32, 4)}, model_type="t5", vocab_size=7, num_heads=99)
+@pytest.mark.parametrize("form, beside, missing", [
+    *((form, beside, None) for form, beside in zip(FORMS, BESIDE)), *((FORMS[i], None, (
+        f"{FORMS[i - 2]}.index.json")) for i in (2, 3))])  # shards without an index, of one save
+def test_every_form_of_hub_folder_converts_to_the_same_weights(
+        hub, tmp_path, pieces, form, beside, missing, capsys):
+    folder = hub(form, {mt5.STRAY: torch.zeros(32, 4)}, missing=missing, model_type="t5",
+                 vocab_size=7, num_heads=99)
+    if beside:
+        torch.save({"shared.weight": torch.zeros(500, 64)}, folder / beside)
     mt5.main(["convert", str(folder), str(tmp_path / "x.pt")])
     printed = capsys.readouterr().out
     assert f"ignored: {mt5.STRAY}" in printed
@@ -1232,6 +1302,17 @@ def test_other_precisions_and_a_tied_head_convert_to_what_transformers_loads(hub
     with torch.no_grad():
         expected = theirs(**inputs(*batch())).loss.item()
         assert ours(*batch()).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_each_weight_has_memory_of_its_own_whatever_shares_it_in_the_file(hub, tmp_path, form):
+    head = torch.randn(500, 64)  # safetensors leaves the copy out
+    convert(hub(form, {"shared.weight": head, "lm_head.weight": head if form == FORMS[0] else None,
+                       mt5.ALIASES[0]: None, mt5.ALIASES[1]: None}, tie_word_embeddings=True),
+            tmp_path / "x.pt")
+    weights = list(load(tmp_path / "x.pt")[0].parameters())
+    assert sum(weight.equal(head) for weight in weights) == 2
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == len(weights)
 
 
 REFUSED = [  # what hub() is given, what the message says
@@ -1256,6 +1337,17 @@ REFUSED = [  # what hub() is given, what the message says
     (dict(missing="spiece.model"), "copy it from the model that this one was tuned from"),
     (dict(missing="pytorch_model.bin"), "expected model.safetensors or pytorch_model.bin"),
     (dict(files={"config.json": [1]}), "config.json: expected a JSON object"),
+    (dict(model_type="t5", tie_word_embeddings=True), "scale_decoder_outputs False, as mT5 has it"),
+    (dict(model_type="t5", tie_word_embeddings=None), "scale_decoder_outputs False"),
+    (dict(files={"tokenizer_config.json": {"added_tokens_decoder": None}}), "added tokens as obj"),
+    (dict(files={"tokenizer.json": {"added_tokens": ["<hl>"]}}), "expected added tokens as obj"),
+    (dict(files={"tokenizer.json": {"added_tokens": [{"content": "\n"}]}}), "found \\n:"),
+    *((dict(files={name: "version https://git-lfs.github.com/spec/v1"}), "git lfs pull")
+      for name in ("pytorch_model.bin", "spiece.model")),
+    (dict(form=FORMS[2], missing="pytorch_model-2-of-2.bin"), "pytorch_model-2-of-2.bin"),
+    (dict(form=FORMS[2], files={"pytorch_model-1-of-3.bin": 0},
+          missing="pytorch_model.bin.index.json"), "shards and their index"),
+    (dict(form=FORMS[2], files={"pytorch_model.bin.index.json": {}}), "an index of shards"),
 ]
 
 
@@ -1301,15 +1393,17 @@ def test_a_vocabulary_of_byte_pairs_is_not_exported(tmp_path):
     assert "no tokenizer is written" in finished.stdout, finished.stderr
     assert {path.name for path in (tmp_path / "toy").iterdir()} == {
         "config.json", "pytorch_model.bin"}
+    with pytest.raises(ValueError, match="toy: expected an empty or a new folder, found config"):
+        export(scoring.TOY_BASE, tmp_path / "toy")  # what lies there might be read instead
 
 
 def test_trimming_keeps_segmentation_states_and_scores(hub, tmp_path):
     (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"id": 3, "text": TEXTS[1]}) + "\n\n")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(f"{TEXTS[3]}\n{TEXTS[1]}\n".encode()))
     convert(hub(), tmp_path / "full.pt")
-    convert(hub(), tmp_path / "small.pt", trim=[tmp_path / "a.txt", str(tmp_path / "b.jsonl")])
+    convert(hub(), tmp_path / "small.pt", trim=[tmp_path / "a.txt", str(tmp_path / "b.csv.gz")])
     (full, tokenizer), (small, trimmed) = load(tmp_path / "full.pt"), load(tmp_path / "small.pt")
-    kept = tokenizer.needed(TEXTS[:2])
+    kept = tokenizer.needed(TEXTS[:2])  # a column's name is no text
     assert len(trimmed) == len(kept) == small.config.vocab_size < len(tokenizer)
     for text in TEXTS[:2]:
         ids, few = (torch.tensor([one.encode(text)]) for one in (tokenizer, trimmed))
@@ -1393,7 +1487,18 @@ def test_the_claims_of_four_tiny_runs_are_as_worked_by_hand(tmp_path, capsys):
     assert json.loads((tmp_path / "again.json").read_text()) == runs
 
 
-def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path):
+@pytest.mark.parametrize("words, shown", [
+    ("train.py --help", "\\u03bb"), ("select.py RUN", "\\u0142"), (
+        "eval.py toy/base.pt --test ru --test-size 1 --parallel en ru --out RUN/x", "\\u0431")])
+def test_a_console_that_cannot_show_a_character_shows_its_escape(
+        monkeypatch, tmp_path, words, shown):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    finished = script(*words.replace("RUN", str(write_run(tmp_path / "ł"))).split())
+    assert finished.returncode == 0 and shown in finished.stdout
+
+
+def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     finished = script("lab/claims.py", "lab/results/grid.json", "--plot", tmp_path / "runs.svg")
     assert finished.returncode == 0, finished.stderr
     first = finished.stdout.split("\n\n")[0].splitlines()

@@ -14,6 +14,7 @@ import os
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", **os.environ}
 
 import argparse
+import contextlib
 import datetime
 import functools
 import itertools
@@ -37,6 +38,7 @@ from xlrs import FLOOR, pool, regulariser
 
 PARTS = ("embedding", "encoder", "decoder", "head")
 FULL = "out of memory|ALLOC_FAILED|allocate memory"  # how devices say that their memory is full
+HELD = contextlib.ExitStack()  # what main() lets go of at its end: the lock on a run's folder
 MAY_CHANGE = ("steps", "eval_every", "out", "resume", "device", "compile", "recompute")
 
 
@@ -46,7 +48,7 @@ def train(args):
     device, autocast = scoring.pick_device(args)
     texts = data.load_texts(args)
     scoring.say_unidentified(data.languages(args))
-    model, tokenizer = load(args.init)
+    model, tokenizer = load(scoring.TOY_BASE if args.init == scoring.BASE else args.init)
     learner, trainable = prepare(model, args, device, processes)
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
                                   fused=True)  # all of a weight's update in one pass
@@ -94,7 +96,7 @@ def train(args):
     if rank == 0:
         scoring.choose_checkpoint(folder)  # the lowest XLRS, down to the floor; never the base
         if texts.test:
-            scoring.score_run(folder, texts.test, args, device, autocast)
+            scoring.score_run(folder, texts.test, texts.held_out, args, device, autocast)
     if processes > 1:
         distributed.destroy_process_group()
 
@@ -177,22 +179,34 @@ def own_rows(tensors, rank, processes, device):
 # loss's gradient in no fixed order (index_add_), so that there no two runs are quite the same.
 
 def claim_folder(args, rank):
-    """Return the run's folder with its arguments in it; ValueError where it has another run's."""
+    """Return the run's folder with its arguments in it; ValueError where it has another run's.
+
+    Other processes are kept out of it until main() or this process ends, by a kill too.
+    """
     name = f"runs/{args.task}-{'-'.join(data.files_by_language(args.train))}-reg{args.reg:g}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     folder = Path(args.out or next(name for name in names if not Path(name).exists()))
-    if rank == 0 and (folder / "args.json").exists():
+    if rank > 0:
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl  # Windows has none, and some network disks have no locks
+        HELD.callback(os.close, descriptor := os.open(folder, os.O_RDONLY))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another process is at work on this run; let it end") from None
+    except (ImportError, OSError) as error:
+        print(f"{folder} cannot be locked ({error}): do not resume a run that is going on")
+    if (folder / "args.json").exists():
         if not args.resume:
             raise ValueError(f"{folder}: holds a run already; add --resume, or name another --out")
         old = vars(scoring.read_run(folder)[0])
-        changed = [f"{name} was {old.get(name)}" for name, value in vars(args).items()
-                   if name not in MAY_CHANGE and old.get(name) != value]
+        changed = [f"{name} was {old.get(name)!s:.60}, is {value!s:.60}" for name, value
+                   in vars(args).items() if name not in MAY_CHANGE and old.get(name) != value]
         if changed:
-            raise ValueError(f"{folder}: expected the run's arguments, found {', '.join(changed)}")
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"arguments": vars(args), "torch": torch.__version__}
-        data.write_file(folder / "args.json", json.dumps(content, indent=1) + "\n")
+            raise ValueError(f"{folder}: expected the run's arguments, but {'; '.join(changed)}")
+    content = {"arguments": vars(args), "torch": torch.__version__}
+    data.write_file(folder / "args.json", json.dumps(content, indent=1) + "\n")
     return folder
 
 
@@ -212,6 +226,8 @@ def resume(folder, model, optimizer, rank, steps):
     if rank == 0:
         rows = [row for row in scoring.read_log(folder)
                 if row["step"] < finished or (row["step"] == finished and row["kind"] == "train")]
+        if finished and not any(row["step"] == 0 for row in rows):
+            raise ValueError(f"{folder}/log.jsonl: expected the base's row, step 0, found none")
         data.write_file(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return finished
 
@@ -241,7 +257,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("training").add_argument
     add("--dev", nargs=1, metavar="TEXT", help="source-language development pairs (toy: stories)")
     add("--train-size", type=positive, metavar="N", help="pairs a language (all; toy: 4000)")
-    add("--init", metavar="CHECKPOINT", default=str(scoring.TOY_BASE), help="start (the toy base)")
+    add("--init", metavar="CHECKPOINT", default=scoring.BASE, help="start (the toy base)")
     add("--reg", type=float, default=0.0, metavar="λ",
         help="weight of the regulariser, nats per cosine of 1 of each other language (0: none)")
     add("--reg-floor", type=float, default=FLOOR, metavar="COSINE",
@@ -256,7 +272,8 @@ def parse_args(argv=None):
         help="steps in which the rate rises; then it is constant (%(default)s)")
     add("--batch-size", type=positive, default=32, metavar="N", help="pairs a step (%(default)s)")
     add("--dropout", type=float, metavar="P", help="in training (that of the checkpoint)")
-    add("--seed", type=int, default=0, metavar="N", help="of all that is random (0)")
+    add("--seed", type=functools.partial(positive, least=0), default=0, metavar="N",
+        help="of all that is random (0)")
     add("--eval-every", type=positive, metavar="N",
         help="steps between checkpoints (a tenth of --steps)")
     add("--resume", action="store_true", help="go on with the run in --out")
@@ -264,6 +281,8 @@ def parse_args(argv=None):
     add("--recompute", action="store_true",
         help="compute activations again in the backward pass: less memory, more time")
     args = scoring.complete(parser.parse_args(argv))
+    if Path(args.init).resolve() == scoring.TOY_BASE:
+        args.init = scoring.BASE  # by name: run and checkout may move
     source, in_files, _ = args.train[0].partition("=")
     args.dev = args.dev or (None if in_files else [source])
     args.eval_every = args.eval_every or max(1, args.steps // 10)
@@ -284,7 +303,8 @@ def parse_args(argv=None):
 def main(argv=None):
     args, code = parse_args(argv), 2  # 2: a user's mistake
     try:
-        return train(args)
+        with HELD:
+            return train(args)
     except (ValueError, OSError) as error:
         message = error
     except RuntimeError as error:
@@ -300,4 +320,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()

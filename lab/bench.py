@@ -120,6 +120,7 @@ def bench_score(repeats):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     benches = {"step": bench_step, "generate": bench_generate, "score": bench_score}
     parser.add_argument("what", nargs="+", choices=benches)

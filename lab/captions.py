@@ -217,4 +217,5 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()
