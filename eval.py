@@ -28,9 +28,8 @@ from model import load, read_json, whole
 from xlrs import choose, pool, xlrs
 
 TOY_BASE, LID = data.TOY / "base.pt", data.TOY / "lid.bin"
-BASE = "toy/base.pt"  # TOY_BASE in a run's arguments: so runs and checkouts may move
 # The settings of the runs of lab/results, which a report shows beside a run with the same ones.
-SHIPPED = dict(init=BASE, train=["en"], train_size=None, dropout=None, lr=5e-4, steps=100,
+SHIPPED = dict(init=None, train=["en"], train_size=None, dropout=None, lr=5e-4, steps=100,
                warmup=20, batch_size=32, eval_every=10, eval_size=100, test_size=None,
                max_source=512, max_target=32, num_beams=1)
 SHOWN = 20  # texts a language among which a report looks for one to show
@@ -466,18 +465,15 @@ def choose_checkpoint(folder, by=None):
     has not learnt the task, and its XLRS may be the lowest.
     """
     args, rows = read_run(folder)
-    if not rows:
+    if not rows or not rows[-1]["step"]:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
-    by = by or ("xlrs" if "xlrs" in rows[0] else "dev" if "dev_loss" in rows[0] else "last")
-    offered = [{"step": row["step"], "xlrs": mean(row.get("xlrs", {}).values()),
-                "dev_loss": row.get("dev_loss", math.nan)} for row in rows]
+    by = by or ("xlrs" if "xlrs" in rows[-1] else "dev" if "dev_loss" in rows[-1] else "last")
+    offered = [row | {"xlrs": mean(row.get("xlrs", {}).values())} for row in rows if row["step"]]
     key = "dev_loss" if by == "dev" else by
-    chosen = offered[-1] if by == "last" else choose(offered[1:], key, args.reg_floor)
-    if by == "xlrs" and offered[0]["xlrs"] <= args.reg_floor:
-        print(f"{folder}: XLRS of the base, {offered[0]['xlrs']:.3f}, is not above --reg-floor "
-              f"{args.reg_floor:g}: there is little to choose by; set a lower floor, or --by dev")
-    data.write_file(Path(folder) / "selected.json", json.dumps({"by": by, **chosen}) + "\n")
-    return rows[offered.index(chosen)]
+    chosen = offered[-1] if by == "last" else choose(offered, key, args.reg_floor)
+    content = {"by": by} | {key: chosen.get(key) for key in ("step", "xlrs", "dev_loss")}
+    data.write_file(Path(folder) / "selected.json", json.dumps(content) + "\n")
+    return chosen
 
 
 def score_run(folder, tests, held_out, args, device, autocast):

@@ -26,8 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import distributed
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
@@ -38,7 +36,7 @@ from xlrs import FLOOR, pool, regulariser
 
 PARTS = ("embedding", "encoder", "decoder", "head")
 FULL = "out of memory|ALLOC_FAILED|allocate memory"  # how devices say that their memory is full
-HELD = contextlib.ExitStack()  # what main() lets go of at its end: the lock on a run's folder
+HELD = contextlib.ExitStack()  # what main() lets go of: a lock on the folder, other processes
 MAY_CHANGE = ("steps", "eval_every", "out", "resume", "device", "compile", "recompute")
 
 
@@ -48,14 +46,14 @@ def train(args):
     device, autocast = scoring.pick_device(args)
     texts = data.load_texts(args)
     scoring.say_unidentified(data.languages(args))
-    model, tokenizer = load(scoring.TOY_BASE if args.init == scoring.BASE else args.init)
+    model, tokenizer = load(args.init or scoring.TOY_BASE)
     learner, trainable = prepare(model, args, device, processes)
-    optimizer = torch.optim.AdamW(trainable, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01,
-                                  fused=True)  # all of a weight's update in one pass
+    optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
     folder = claim_folder(args, rank)
     start = resume(folder, model, optimizer, rank, args.steps) if args.resume else 0
     batches = data.batches(texts.train, tokenizer, args, start)
-    parallel_batches = data.parallel_batches(texts.parallel, tokenizer, args, start)
+    parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, start)
+                        if args.reg else itertools.repeat([]))
     try:
         for step in tqdm(range(start, args.steps + 1), desc="training", initial=start,
                          total=args.steps, disable=rank > 0):
@@ -64,15 +62,15 @@ def train(args):
                 save(folder / f"step_{step:06d}.pt", model, tokenizer)
                 log(folder, "eval", step, **measure(model, tokenizer, texts, args, autocast))
                 save_last(folder, model, tokenizer, optimizer, step)
-                tell(folder)
+                told = scoring.progress(args, scoring.read_run(folder)[1][-1])  # the log's last row
+                tqdm.write("  ".join(map(" ".join, told.items())))
             if step == args.steps:
                 break  # the last round only measures
-            rng = np.random.default_rng([args.seed, step, rank])
-            torch.manual_seed(rng.integers(2**63))  # dropout, too, depends on seed, step and rank
-            lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
-            optimizer.param_groups[0]["lr"] = lr
-            batch = own_rows(next(batches), rank, processes, device)
-            parallel = own_rows(next(parallel_batches), rank, processes, device) if args.reg else ()
+            # Dropout, too, depends on seed, step and rank alone.
+            torch.manual_seed(np.random.default_rng([args.seed, step, rank]).integers(2**63))
+            lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / args.warmup)
+            batch = [rows[rank::processes].to(device) for rows in next(batches)]
+            parallel = [rows[rank::processes].to(device) for rows in next(parallel_batches)]
             with autocast:
                 loss, term = objective(learner, batch, parallel, args.reg_floor)
             (loss + args.reg * term).backward()
@@ -80,7 +78,7 @@ def train(args):
             loss, term, norm = torch.stack([loss, term, norm]).tolist()  # one wait for the device
             if not math.isfinite(loss + term + norm):
                 raise ValueError(f"step {step + 1}, rate {lr:g}: expected finite numbers, found "
-                                 f"loss {loss}, term {term}, gradient norm {norm}; lower --lr")
+                                 f"loss {loss}, term {term}, norm {norm}; try a lower --lr")
             optimizer.step()
             optimizer.zero_grad()  # now, so that the next forward pass has their memory
             if rank == 0:
@@ -97,8 +95,6 @@ def train(args):
         scoring.choose_checkpoint(folder)  # the lowest XLRS, down to the floor; never the base
         if texts.test:
             scoring.score_run(folder, texts.test, texts.held_out, args, device, autocast)
-    if processes > 1:
-        distributed.destroy_process_group()
 
 
 def objective(model, batch, parallel, floor):
@@ -147,13 +143,13 @@ def prepare(model, args, device, processes):
         model.forward, model.encode = torch.compile(model.forward), torch.compile(model.encode)
     learner = model
     if processes > 1:
-        learner = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        learner = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
         learner.encode = model.encode  # one backward pass: a weight's gradients go together
     return learner, [weight for weight in model.parameters() if weight.requires_grad]
 
 
 # Several processes, started by torchrun. Each draws the same batch and takes its rows of it;
-# DistributedDataParallel makes the mean of their gradients. So the loss is the mean of the
+# torch's DistributedDataParallel makes the mean of their gradients. So the loss is the mean of the
 # processes' means, where one process takes one mean over all tokens and one max(0, …). The log has
 # the first process's.
 
@@ -164,13 +160,9 @@ def join_processes():
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group(timeout=datetime.timedelta(days=1))  # for the one that measures
-    return distributed.get_rank(), processes
-
-
-def own_rows(tensors, rank, processes, device):
-    """Return this process's rows of a batch's tensors, on the device."""
-    return [tensor[rank::processes].to(device, non_blocking=True) for tensor in tensors]
+    torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))  # as one measures
+    HELD.callback(torch.distributed.destroy_process_group)
+    return torch.distributed.get_rank(), processes
 
 
 # The run's folder: args.json, log.jsonl, step_NNNNNN.pt at each measurement, and last.pt, from
@@ -226,8 +218,6 @@ def resume(folder, model, optimizer, rank, steps):
     if rank == 0:
         rows = [row for row in scoring.read_log(folder)
                 if row["step"] < finished or (row["step"] == finished and row["kind"] == "train")]
-        if finished and not any(row["step"] == 0 for row in rows):
-            raise ValueError(f"{folder}/log.jsonl: expected the base's row, step 0, found none")
         data.write_file(folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return finished
 
@@ -238,51 +228,38 @@ def log(folder, kind, step, **numbers):
         file.write(json.dumps({"kind": kind, "step": step, **numbers}) + "\n")
 
 
-def tell(folder):
-    """Print the newest row of the log, above the progress bar."""
-    args, rows = scoring.read_run(folder)
-    tqdm.write("  ".join(map(" ".join, scoring.progress(args, rows[-1]).items())))
-
-
 def save_last(folder, model, tokenizer, optimizer, step):
     """Write last.pt: all that a resume after this step needs."""
     save(folder / "last.pt", model, tokenizer, optimizer=optimizer.state_dict(), step=step)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Fine-tune mT5 in one language; measure and regularise XLRS.")
+    parser = argparse.ArgumentParser(description="Fine-tune mT5; measure and regularise XLRS.")
     positive = scoring.positive
     scoring.add_texts(parser)
     add = parser.add_argument_group("training").add_argument
     add("--dev", nargs=1, metavar="TEXT", help="source-language development pairs (toy: stories)")
     add("--train-size", type=positive, metavar="N", help="pairs a language (all; toy: 4000)")
-    add("--init", metavar="CHECKPOINT", default=scoring.BASE, help="start (the toy base)")
+    add("--init", metavar="CHECKPOINT", help="where to start (the toy base)")
     add("--reg", type=float, default=0.0, metavar="λ",
         help="weight of the regulariser, nats per cosine of 1 of each other language (0: none)")
     add("--reg-floor", type=float, default=FLOOR, metavar="COSINE",
         help="low enough, for the regulariser and for choosing (%(default)s; -1: no floor)")
-    add("--reg-batch", type=positive, default=8, metavar="N",
-        help="parallel sentences a step, each in every language (%(default)s)")
+    add("--reg-batch", type=positive, default=8, metavar="N", help="parallel sentences a step (8)")
     add("--freeze", nargs="+", choices=PARTS, default=[], help="parts that do not learn (none)")
     add("--lr", type=float, default=5e-4, metavar="LR",
         help="AdamW's learning rate (%(default)s; 1e-4 is usual for mT5)")
     add("--steps", type=positive, default=100, metavar="N", help="updates (%(default)s)")
-    add("--warmup", type=int, default=20, metavar="N",
-        help="steps in which the rate rises; then it is constant (%(default)s)")
+    add("--warmup", type=positive, default=20, metavar="N", help="steps until the rate is LR (20)")
     add("--batch-size", type=positive, default=32, metavar="N", help="pairs a step (%(default)s)")
     add("--dropout", type=float, metavar="P", help="in training (that of the checkpoint)")
     add("--seed", type=functools.partial(positive, least=0), default=0, metavar="N",
         help="of all that is random (0)")
-    add("--eval-every", type=positive, metavar="N",
-        help="steps between checkpoints (a tenth of --steps)")
+    add("--eval-every", type=positive, metavar="N", help="steps between checkpoints (--steps / 10)")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--compile", action="store_true", help="compile the model (torch.compile)")
-    add("--recompute", action="store_true",
-        help="compute activations again in the backward pass: less memory, more time")
+    add("--recompute", action="store_true", help="activations again in backward: less memory")
     args = scoring.complete(parser.parse_args(argv))
-    if Path(args.init).resolve() == scoring.TOY_BASE:
-        args.init = scoring.BASE  # by name: run and checkout may move
     source, in_files, _ = args.train[0].partition("=")
     args.dev = args.dev or (None if in_files else [source])
     args.eval_every = args.eval_every or max(1, args.steps // 10)
@@ -295,13 +272,11 @@ def parse_args(argv=None):
             parser.error(f"{flag}: expected a row for each of {processes} processes, found {rows}")
     if args.resume and not args.out:
         parser.error("--resume: expected --out FOLDER, found none")
-    if set(args.freeze) == set(PARTS):
-        parser.error("--freeze: expected a part that learns, found none")
     return args
 
 
 def main(argv=None):
-    args, code = parse_args(argv), 2  # 2: a user's mistake
+    args = parse_args(argv)
     try:
         with HELD:
             return train(args)
@@ -311,12 +286,10 @@ def main(argv=None):
         if not re.search(FULL, str(error)):
             raise
         message = ("the device's memory is full: go on from the last step with --out, --resume and "
-                   "--recompute, or PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; or start "
-                   "anew with a smaller --batch-size, --reg-batch, or model.py convert --trim")
-    except KeyboardInterrupt:
-        message, code = "stopped; go on from the last measurement with --out and --resume", 130
+                   "--recompute; or start anew with a smaller --batch-size, --reg-batch or "
+                   "--eval-size, or after model.py convert --trim")
     print(f"train.py: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":
