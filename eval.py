@@ -513,14 +513,12 @@ def report(systems, ours, tests, args, step, folder):
     """Print systems, {name: what score_checkpoint() returns}; write the one named ours too."""
     source, ours = data.languages(args)[0], systems[ours]
     folder.mkdir(parents=True, exist_ok=True)
-    over = ", over older scores" if (folder / "scores.json").exists() else ""
-    content = {key: ours[key] for key in ("xlrs", "scores", "texts")}
-    content = {"task": args.task, "step": step, **content}
+    content = {"task": args.task, "step": step} | ours
+    outputs = content.pop("outputs")
     data.write_file(folder / "scores.json", json.dumps(content, indent=1) + "\n")
-    lines = [json.dumps({"language": lang, "source": text, "reference": reference,
-                         "output": output}, ensure_ascii=False) + "\n"
-             for lang, pairs in tests.items()
-             for (text, reference), output in zip(pairs, ours["outputs"][lang])]
+    lines = [json.dumps(dict(language=lang, source=text, reference=reference, output=output),
+                        ensure_ascii=False) + "\n" for lang, pairs in tests.items()
+             for (text, reference), output in zip(pairs, outputs[lang])]
     data.write_file(folder / "outputs.jsonl", "".join(lines))
 
     header = ["ROUGE-L", "wrong %", f"{source} %", "XLRS"]
@@ -539,7 +537,7 @@ def report(systems, ours, tests, args, step, folder):
             print(f"\n{title}, {lang}: {text[:300]}")
             for name, shown in {"reference": reference, **answers}.items():
                 print(f"{name:12} {shown[:300]}")
-    print(f"\nWritten to {folder}{over}")
+    print(f"\nWritten to {folder}")
 
 
 def examples(systems, targets, expected):
@@ -565,8 +563,7 @@ def columns(system, languages, kinds=("rougeL", "wrong_language", "source_langua
     """
     found = [[system["scores"].get(lang, {}).get(kind) for lang in languages] for kind in kinds]
     found.append([system["xlrs"].get(lang) for lang in languages])
-    *means, similarity = ["" if None in row or not row else mean(row) for row in found]
-    return [*means, similarity if similarity == "" else f"{similarity:.2f}"]
+    return ["" if None in row or not row else mean(row) for row in found]
 
 
 def compare(folders):
@@ -576,21 +573,19 @@ def compare(folders):
     """
     if len(set(map(os.path.realpath, folders))) < len(folders):
         raise ValueError(f"--compare: expected each run once, found {' '.join(folders):.200}")
-    runs, learnt, alike = {}, set(), {}
-    for folder in folders:
-        learnt |= data.files_by_language(read_run(folder)[0].train).keys()
-        runs[folder] = found = read_json(Path(folder) / "scores.json")
-        sizes = {lang: scores["n"] for lang, scores in found["scores"].items()}
-        scored_on = {"task": found["task"], "test sizes": sizes, **found.get("texts", {})}
-        for kind, value in scored_on.items():
-            if alike.setdefault(kind, value) != value:
-                raise ValueError(f"{folder}: expected scores on the {kind} of {folders[0]}")
-    targets = [lang for lang in sizes if lang not in learnt]
+    runs = {folder: read_json(Path(folder) / "scores.json") for folder in folders}
+    learnt = {lang for folder in folders for lang in
+              data.files_by_language(read_run(folder)[0].train)}
+    scored_on = [[found["task"], found.get("texts"), {lang: scores["n"] for lang, scores in
+                                                     found["scores"].items()}]
+                 for found in runs.values()]
+    for folder, texts in zip(folders, scored_on):
+        if texts != scored_on[0]:
+            raise ValueError(f"{folder}: expected the task, texts and sizes of {folders[0]}")
+    targets = [lang for lang in scored_on[0][2] if lang not in learnt]
     kinds = ("rougeL", "wrong_language", "source_language", "mixed")
-    table([[folder, found["task"], *columns(found, targets, kinds)]
-           for folder, found in runs.items()],
-          [f"mean of {' '.join(targets)}", "task", "ROUGE-L", "wrong %", "source %", "mixed %",
-           "XLRS"])
+    table([[folder, *columns(found, targets, kinds)] for folder, found in runs.items()],
+          [f"mean of {' '.join(targets)}", "ROUGE-L", "wrong %", "source %", "mixed %", "XLRS"])
 
 
 def mean(values):
@@ -600,9 +595,10 @@ def mean(values):
 
 
 def table(rows, header):
-    """Print rows as an aligned table: text to the left, numbers with one decimal to the right."""
-    cells = [[f"{c:.1f}" if isinstance(c, float) else str(c) for c in row]
-             for row in [header, *rows]]
+    """Print rows as an aligned table: text to the left, numbers to the right, XLRS with two
+    decimals, others with one."""
+    cells = [[f"{c:.{1 + (name == 'XLRS')}f}" if isinstance(c, float) else str(c)
+              for name, c in zip(header, row)] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     for row in cells:
         print("  ".join(cell.rjust(w) if i else cell.ljust(w)
@@ -630,25 +626,20 @@ def add_texts(parser):
     parser.epilog = "TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE."
     add = parser.add_argument_group("task and text").add_argument
     add("--task", choices=data.TASKS, help="of the toy world (title)")
-    add("--train", nargs="+", metavar="TEXT", default=["en"],
-        help="training pairs; the first language is the source (en)")
+    add("--train", nargs="+", metavar="TEXT", default=["en"], help="pairs; source first (en)")
     add("--test", nargs="+", metavar="TEXT", help="test pairs (toy: every language)")
-    add("--parallel", nargs="+", metavar="TEXT",
-        help="aligned lines, for XLRS and the regulariser (toy: every language)")
+    add("--parallel", nargs="+", metavar="TEXT", help="aligned lines, for XLRS (toy: all)")
     add("--fields", type=two_names, metavar="SOURCE,TARGET", default="source,target",
         help="column names in all JSONL, TSV and CSV files (%(default)s)")
     add("--test-size", type=positive, metavar="N", help="test texts a language (all; toy: 200)")
     add("--eval-size", type=positive, default=100, metavar="N",
         help="texts a language at each checkpoint, and in all to measure XLRS on (%(default)s)")
-    add("--max-source", type=positive, default=512, metavar="N",
-        help="longest source in tokens; longer ones are cut (%(default)s)")
-    add("--max-target", type=positive, metavar="N",
-        help="longest target in tokens, also in generation (64; toy: 32)")
+    add("--max-source", type=positive, default=512, metavar="N", help="tokens, then cut (512)")
+    add("--max-target", type=positive, metavar="N", help="also in generation (64; toy: 32)")
     add("--num-beams", type=positive, default=1, metavar="N", help="in generation (1: greedy)")
     add("--device", help="cpu, cuda, … (cuda where there is one)")
     add("--dtype", choices=["float32", "bfloat16"],
-        help="of matrix products; weights stay float32 (bfloat16 on a GPU that has it, else "
-             "float32; mT5 overflows float16)")
+        help="of matrix products, not of weights (bfloat16 on a GPU that has it, else float32)")
     add("--out", metavar="FOLDER", help="where the results go (train.py: runs/NAME)")
 
 
@@ -673,8 +664,7 @@ def pick_device(args):
         raise ValueError(f"--device {device}: torch can't compute there; leave it out") from None
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = args.dtype or ("bfloat16" if has_bf16 else "float32")
-    why = "as asked" if args.dtype else "it has bfloat16" if has_bf16 else "it has no fast bfloat16"
-    print(f"device {device}, {dtype} ({why})")
+    print(f"device {device}, {dtype} (it has {'' if has_bf16 else 'no fast '}bfloat16)")
     return device, torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
