@@ -239,7 +239,8 @@ def judged(run):
 def scores_of(row, source):
     """Return {column: number} of a row, means over target languages, and what choose() goes by."""
     targets = [one for lang, one in row["test"].items() if lang != source]
-    scores = {column: scoring.mean(one[key] for one in targets) for column, key in SCORES.items()}
+    scores = {column: scoring.mean(one[key] for one in targets if key in one)
+              for column, key in SCORES.items()}
     xlrs = scoring.mean(row["xlrs"].values())
     return scores | {"source ROUGE-L": row["test"].get(source, {}).get("rougeL", math.nan),
                      "XLRS": xlrs, "xlrs": xlrs, "dev": -row["dev_loss"], "step": row["step"]}
