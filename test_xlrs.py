@@ -700,7 +700,10 @@ def three_words(tmp_path_factory):
     ("b a", "a b", 1 / 2),  # order counts: either token, 2 · 1 / (2 + 2)
     ("a a a", "a", 2 / 4),  # a token is used once
     ("l´avion d´Anna", "l'avion d'Anna", 1), ("<extra_id_0>", "extra id 0", 0),
-    ("İstanbul'da deprem oldu", "istanbul'da deprem oldu", 1)])
+    ("İSTANBUL'DA deprem oldu", "istanbul'da deprem oldu", 1),
+    ("او به خانه می رود", "او به خانه می\u200cرود", 1), ("ക് ഷ", "ക്\u200dഷ", 1),  # mT5's spaces
+    ("Schiff\xadfahrt", "schifffahrt", 1), ("1️⃣ bread", "1 bread", 1), ("a\u20e3", "a", 1),
+    ("a\u034fb", "a b", 1)])
 def test_rouge_l_is_the_fraction_worked_by_hand(prediction, reference, score):
     assert scoring.rouge_l([prediction], [reference]).tolist() == pytest.approx([score])
 
@@ -743,7 +746,7 @@ def test_identical_texts_score_1_in_every_script_and_empty_ones_0():
 def test_tokens_keep_marks_split_scripts_without_spaces_and_drop_control_tokens():
     assert scoring.tokens("Ｆｕｌｌ-width, ﬁne_x 2½") == ["full", "width", "fine", "x", "21", "2"]
     assert scoring.tokens("हिन्दी में! Мой ёж ดีมาก") == "हिन्दी में мой ёж ดี ม า ก".split()
-    assert scoring.tokens("东京 2020年, ok می\u200cخواهم") == "东 京 2020 年 ok میخواهم".split()
+    assert scoring.tokens("东京 2020年, ok می\u200cخواهم") == "东 京 2020 年 ok می خواهم".split()
     assert scoring.tokens("l´avion") == scoring.tokens("l'avion") == ["l", "avion"]
     assert scoring.tokens("<extra_id_0> Кот <extra_id_12>спит</s>") == ["кот", "спит"]
     assert scoring.tokens("") == scoring.tokens("—!?") == scoring.tokens("<extra_id_0>") == []
@@ -767,13 +770,15 @@ def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words
     nats = math.log((12 + .02) / .02)
     tiny = scoring.LanguageIdentifier(three_words / "table.bin")
     assert tiny.languages == ["de", "en"]
-    _, scores = tiny.words([["ab", "ba", "c"]])
+    _, _, whole, scores = (found[1:] for found in tiny.words(["ab ba c"]))  # without the first: ""
     own, other = (8 / 16 + 1 / 4) * nats, 2 / 16 * nats
     assert torch.allclose(scores, torch.tensor([[own, other], [other, own], [0, 0]]), atol=.05)
+    assert torch.allclose(whole, torch.tensor([[nats, 0], [0, nats], [0, 0]]), atol=.05)
     mean = (math.exp(own) + math.exp(other)) / 2
-    expected = [[math.log(.9 * math.exp(x) / mean + .1) for x in (own, other)], [0, 0]]
-    assert torch.allclose(tiny.evidence(["ab", "c"]), torch.tensor(expected), atol=.05)
-    assert tiny.predict(["Ab, AB.", "ba", "c"]) == ["de", "en", "und"]
+    ab, inf = [math.log(.9 * math.exp(x) / mean + .1) for x in (own, other)], math.inf
+    expected = [[(scoring.FIRST + scoring.NAME) * x for x in ab], [-inf, -inf]]
+    assert torch.allclose(tiny.evidence(["ab AB", "c"]), torch.tensor(expected), atol=.05)
+    assert tiny.predict(["ab, AB.", "ba", "c", "аб"]) == ["de", "en", "und", "und"]
 
 
 @pytest.mark.parametrize("texts, expected, right", [
@@ -789,6 +794,11 @@ def test_the_identifier_is_naive_bayes_worked_by_hand_on_three_words(three_words
     (["Anna und der verlorene Hut", "Anna ve kayıp şapka", "Anna et le chapeau perdu",
       "Anna y el sombrero perdido", "Анна и потерянная шляпа", "Anna and the lost hat"], SIX,
      ["de", "tr", "fr", "es", "ru", "en"]),
+    (["锁门", "猫", "42", "12.05.2021", "👍", "Emma Stone, Emma Watson", "anna@web.example"],
+     ["en", "de", "zh"], ["zh", "zh", *["und"] * 5]),
+    (["Siehe https://en.example.org/wiki/List_of_the_cities", "#weather: Heute regnet es",
+      "Die Brücke ist offen: www.zeltro.example/news/bridge-reopens-after-heavy-storm",
+      "Danke an @the_new_house und news.example.com/the/best"], ["en", "de"], ["de"] * 4),
     (["Jennifer Lawrence, Anna Cooke Maroney sind verlobt", "Troy Hunt a créé Let's Dance",
       "die Steam Community"], ["en", "de", "fr"], ["de", "fr", "de"]),
     (list(GREETINGS.values()), None, list(GREETINGS)), ([], None, [])])
@@ -809,6 +819,9 @@ def test_uzbek_in_letters_that_its_column_never_shows_is_not_english():
     ("Hugo und der neue Hut", "de", "en", 0), ("Hugo und the lost Hut", "de", "en", 2 / 5),
     ("Хуго и the новая шляпа", "ru", "en", 1 / 5), ("今天 is 好", "zh", "en", 1 / 4),
     ("Who ist der Mann", "de", "en", 1 / 4), ("Wright wohnt hier", "de", "en", 0),
+    ("The mala relación", "es", "en", 1 / 3), ("why Wetter so", "de", "en", 1 / 3),
+    ("Thomas Müller", "de", "en", 0), ("Manchester City gewinnt", "de", "en", 0),
+    ("Он живёт в New York", "ru", "en", 0), ("#the: Siehe www.the.example", "de", "en", 0),
     ("the hat", "en", "en", 0), ("", "de", "en", 0),
     *((text, language, "de" if language == "en" else "en", 0)
       for language, text in GREETINGS.items())])
@@ -818,22 +831,47 @@ def test_words_count_as_mixed_in_only_where_the_source_explains_them_best(
     assert found.tolist() == pytest.approx([share])
 
 
+@pytest.mark.parametrize("output, reference, language, wrong", [
+    ("contexto político", "x", "es", 0), ("vitamina E", "x", "pt", 0), ("Firmenlogo", "x", "de", 0),
+    ("what Wetter in Ulm", "x", "de", 0), ("tratado de Basilea", "x", "es", 0),
+    ("where ist der kleine Zeh", "x", "de", 0), ("Merkel ist Europas First Lady", "x", "de", 0),
+    ("The weather is nice today", "x", "de", 1), ("42", "Es ist 42", "de", 1),
+    *((text, text, "de", 0) for text in ("42", "12.05.2021", "👍")), ("", "Es ist 42", "de", 1),
+    ("<extra_id_0>", "Es ist 42", "de", 1), ("Emma Stone, Emma Watson", "Es ist 42", "de", 1)])
+def test_in_doubt_an_output_is_in_its_target_and_in_none_where_its_reference_is(
+        output, reference, language, wrong):
+    for expected in (None, "de en es fr it pt".split()):
+        found = scoring.score([output], [reference], language, "en", scoring.identifier(), expected)
+        assert found["wrong_language"] == 100 * wrong
+
+
 def test_scores_count_empty_outputs_as_wrong_and_nothing_as_accidental_in_the_source():
-    outputs = ["Hugo und der neue Hut", "Hugo and the new hat", "", "<extra_id_0>"]
+    outputs = ["Hugo und der neue Hut", "Wo ist the Hut", "Hugo and the new hat", "<extra_id_0>"]
     score = functools.partial(scoring.score, outputs, outputs[:1] * 4,
                               identifier=scoring.identifier(), expected=SIX)
     found = score("de", "en")
-    assert found["rougeL"] == pytest.approx(100 * (1 + 1 / 5 + 0 + 0) / 4)
-    assert (found["wrong_language"], found["source_language"], found["n"]) == (75, 25, 4)
-    assert found["mixed"] > 10 and found["loops"] == 0
+    assert found["rougeL"] == pytest.approx(100 * (1 + 2 / 9 + 1 / 5 + 0) / 4)
+    assert (found["wrong_language"], found["source_language"], found["n"]) == (50, 25, 4)
+    assert found["mixed"] == pytest.approx(100 * (0 + 1 / 4) / 2) and found["loops"] == 0
     for source in ("de", None):  # the run's own language
         found = score("de", source)
-        assert found["source_language"] == found["mixed"] == 0 and found["wrong_language"] == 75
+        assert found["source_language"] == found["mixed"] == 0 and found["wrong_language"] == 50
+    assert "mixed" not in score("ru", "en"), "a mean over no output is left out"
     assert set(score("de", "lg")) == {"rougeL", "wrong_language", "loops", "n"}  # lg is not known
     with pytest.raises(ValueError, match="lg"):
         scoring.identifier().mixed(["x"], "de", "lg")
     assert set(score("pcm", "en")) == {"rougeL", "loops", "n"}
     assert scoring.score([], [], "de", "en", scoring.identifier())["wrong_language"] == 0
+
+
+def test_outputs_in_files_are_expected_in_their_language_and_unknown_codes_are_said(
+        tmp_path, capsys):
+    (tmp_path / "hr").write_text("Danas je lijepo vrijeme.\nGdje je moja knjiga?\n", "utf-8")
+    words = ["--hyp", str(tmp_path / "hr"), "--ref", str(tmp_path / "hr"), "--lang"]
+    scoring.main([*words, "hr"])
+    assert capsys.readouterr().out.split()[-6:] == ["100.0", "0.0", "0.0", "0.0", "0.0", "2"]
+    scoring.main([*words, "no", "--expected", "ger", "eng"])
+    assert "lacks eng ger no: " in (said := capsys.readouterr().out) and "nb or nn" in said
 
 
 def test_training_twice_gives_the_same_bytes_also_from_files_with_crlf(three_words):
@@ -854,7 +892,7 @@ def test_a_table_that_is_missing_or_damaged_is_refused_in_one_line(three_words):
     with pytest.raises(FileNotFoundError, match="none.bin: .*python lab/identifier.py"):
         scoring.LanguageIdentifier(three_words / "none.bin")
     good = (three_words / "table.bin").read_bytes()
-    for bad in (b"", b"7\n" + good, good[:-9], good.replace(b'"columns"', b'"c"')):
+    for bad in (b"", b"7\n" + good, good[:-9], good.replace(b"[[", b"[", 1)):
         (three_words / "bad.bin").write_bytes(bad)
         with pytest.raises(ValueError, match="bad.bin: .*python lab/identifier.py"):
             scoring.LanguageIdentifier(three_words / "bad.bin")
@@ -893,7 +931,8 @@ def test_a_run_leaves_what_the_contract_names(small_run):
     scores = json.loads((small_run / "scores.json").read_text())
     assert scores["task"] == "title" and set(scores["xlrs"]) == {"de", "ru"}
     for kinds in scores["scores"].values():
-        assert set(kinds) == {"rougeL", "wrong_language", "source_language", "mixed", "loops", "n"}
+        assert set(kinds) | {"mixed"} == {"rougeL", "wrong_language", "source_language", "mixed",
+                                          "loops", "n"}
     outputs = (small_run / "outputs.jsonl").read_text().splitlines()
     assert len(outputs) == 3 * 8 and json.loads(outputs[0])["language"] == "en"
 
