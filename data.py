@@ -135,7 +135,7 @@ def task_pairs(words, args, split, count, seed=1):
     pairs, size = {}, count or (4000 if split == "train" else 200)  # size: toy stories
     for lang, path in files_by_language(words or ()).items():
         if path:
-            pairs[lang] = read_pairs(path, args.fields.split(","))[:count]
+            pairs[lang] = read_pairs(path, args.fields.partition(",")[::2])[:count]
         else:
             pairs[lang] = [toy_pair(story, lang, args.task) for story in stories(split, size, seed)]
     return pairs

@@ -32,7 +32,6 @@ TOY_BASE, LID = data.TOY / "base.pt", data.TOY / "lid.bin"
 SHIPPED = dict(init=None, train=["en"], train_size=None, dropout=None, lr=5e-4, steps=100,
                warmup=20, batch_size=32, eval_every=10, eval_size=100, test_size=None,
                max_source=512, max_target=32, num_beams=1)
-SHOWN = 20  # texts a language among which a report looks for one to show
 
 # Scores -------------------------------------------------------------------------------------------
 
@@ -86,8 +85,7 @@ def rouge_l(predictions, references):
     Raises ValueError where the lists differ in length.
     """
     if len(predictions) != len(references):
-        raise ValueError("expected as many references as predictions, "
-                         f"found {len(references)} and {len(predictions)}")
+        raise ValueError(f"found {len(references)} references for {len(predictions)} predictions")
     number = {}  # token -> its id
     pairs = [[[number.setdefault(token, len(number)) for token in tokens(text)] for text in pair]
              for pair in zip(predictions, references)]
@@ -341,14 +339,11 @@ def in_batches(texts, tokenizer, args, device):
 
 def answer(model, tokenizer, texts, args, name):
     """Return the model's output for each text, a list of str; name: the progress bar's."""
-    outputs = [""] * len(texts)
-    with tqdm(total=len(texts), desc=name, unit="text", leave=False) as progress:
-        for places, *batch in in_batches(texts, tokenizer, args, model.head.weight.device):
-            found = model.generate(*batch, args.max_target, args.num_beams)
-            for place, ids in zip(places, found.tolist()):
-                outputs[place] = tokenizer.decode(ids)
-            progress.update(len(places))
-    return outputs
+    outputs, batches = {}, in_batches(texts, tokenizer, args, model.head.weight.device)
+    for places, *batch in tqdm(batches, desc=name, unit=" batches", leave=False):
+        found = model.generate(*batch, args.max_target, args.num_beams).tolist()
+        outputs |= zip(places, map(tokenizer.decode, found))
+    return [outputs[place] for place in range(len(texts))]
 
 
 @torch.no_grad()
@@ -367,14 +362,12 @@ def similarities(model, tokenizer, sentences, args):
 @torch.no_grad()
 def mean_loss(model, examples, size=64):
     """Return the mean cross-entropy, nats a token, of (source ids, target ids) examples."""
-    total = count = 0
+    total, count = 0, sum(len(target) for _, target in examples)
     for start in range(0, len(examples), size):
-        batch = [tensor.to(model.head.weight.device)
-                 for tensor in data.collate(examples[start:start + size])]
+        batch = data.collate(examples[start:start + size])
         real = (batch[2] != data.IGNORE).sum()
-        total += model(*batch) * real
-        count += real
-    return (total / count).item()
+        total += model(*(rows.to(model.head.weight.device) for rows in batch)).item() * real.item()
+    return total / count
 
 
 def score_tests(model, tokenizer, tests, args):
@@ -406,10 +399,9 @@ def read_run(folder):
 
     A row's "loss" is the mean of the training losses since the row before.
     """
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: expected a run folder, written by train.py")
-    arguments, rows, losses = argparse.Namespace(**read_json(path)["arguments"]), [], []
+    path, rows, losses = Path(folder) / "args.json", [], []
+    with whole(path, "a run folder, written by train.py"):
+        arguments = argparse.Namespace(**json.loads(path.read_bytes())["arguments"])
     for row in read_log(folder):
         if row["kind"] == "train":
             losses.append(row["loss"])
@@ -432,12 +424,12 @@ def progress(args, row):
 
     Scores are means over the target languages, those that were not trained on.
     """
-    learnt, nan = data.files_by_language(args.train), math.nan
-    targets = [scores for lang, scores in row.get("test", {}).items() if lang not in learnt]
+    learnt, test = data.files_by_language(args.train), row.get("test", {})
+    targets = [scores for lang, scores in test.items() if lang not in learnt]
     told = {"loss": (row["loss"], ".3f"), "XLRS": (mean(row.get("xlrs", {}).values()), ".3f"),
-            "source dev loss": (row.get("dev_loss", nan), ".4f"),
+            "source dev loss": (row.get("dev_loss", math.nan), ".4f"),
             "target ROUGE-L": (mean(scores["rougeL"] for scores in targets), ".1f"),
-            "wrong %": (mean(scores.get("wrong_language", nan) for scores in targets), ".1f")}
+            "wrong %": (mean(scores.get("wrong_language", math.nan) for scores in targets), ".1f")}
     return {"step": str(row["step"])} | {name: format(number, digits) for name, (number, digits)
                                          in told.items() if not math.isnan(number)}
 
@@ -456,8 +448,8 @@ def choose_checkpoint(folder, by=None):
     offered = [row | {"xlrs": mean(row.get("xlrs", {}).values())} for row in rows if row["step"]]
     key = "dev_loss" if by == "dev" else by
     chosen = offered[-1] if by == "last" else choose(offered, key, args.reg_floor)
-    content = {"by": by} | {key: chosen.get(key) for key in ("step", "xlrs", "dev_loss")}
-    data.write_file(Path(folder) / "selected.json", json.dumps(content) + "\n")
+    content = json.dumps({"step": chosen["step"], "by": by})
+    data.write_file(Path(folder) / "selected.json", content + "\n")
     return chosen
 
 
@@ -483,22 +475,20 @@ def score_run(folder, tests, held_out, args, device, autocast):
 
 def score_checkpoint(path, tests, held_out, args, device, autocast):
     """Return {"scores": {language: …}, "outputs": {language: …}, "xlrs": {language: …}} and
-    "texts", checksums of what they are scores of."""
+    "texts", a checksum of what they are scores of."""
     model, tokenizer = load(path)
     model.to(device)
     with autocast:
         scores, outputs = score_tests(model, tokenizer, tests, args)
         similarity = similarities(model, tokenizer, held_out, args) if held_out else {}
-    texts = {kind: zlib.crc32(json.dumps(found).encode()) for kind, found in
-             {"test texts": tests, "parallel texts": held_out}.items() if found}
-    return {"scores": scores, "outputs": outputs, "xlrs": similarity, "texts": texts}
+    return {"scores": scores, "outputs": outputs, "xlrs": similarity,
+            "texts": zlib.crc32(json.dumps([tests, held_out]).encode())}
 
 
 def report(systems, ours, tests, args, step, folder):
     """Print systems, {name: what score_checkpoint() returns}; write the one named ours too."""
-    source, ours = data.languages(args)[0], systems[ours]
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"task": args.task, "step": step} | ours
+    content = {"task": args.task, "step": step} | systems[ours]
     outputs = content.pop("outputs")
     data.write_file(folder / "scores.json", json.dumps(content, indent=1) + "\n")
     lines = [json.dumps(dict(language=lang, source=text, reference=reference, output=output),
@@ -506,22 +496,19 @@ def report(systems, ours, tests, args, step, folder):
              for (text, reference), output in zip(pairs, outputs[lang])]
     data.write_file(folder / "outputs.jsonl", "".join(lines))
 
-    header = ["ROUGE-L", "wrong %", f"{source} %", "XLRS"]
-    at_step = "" if step is None else f", step {step}"
-    print(f"\n{args.task}{at_step}: {len(lines)} test texts, languages: {' '.join(tests)}")
-    table([[lang, *columns(ours, [lang])] for lang in tests], ["this run", *header])
+    print(f"\n{args.task}, step {step}: {len(lines)} test texts, languages: {' '.join(tests)}")
+    table([[lang, *columns(content, [lang])] for lang in tests], ["this run", *COLUMNS])
     targets = [lang for lang in tests if lang not in data.files_by_language(args.train)]
     if targets:
         print()
         table([[name, *columns(system, targets)] for name, system in systems.items()],
-              [f"mean of {' '.join(targets)}", *header])
+              [f"mean of {' '.join(targets)}", *COLUMNS])
         for title, (lang, place) in examples(systems, targets, data.languages(args)).items():
             text, reference = tests[lang][place]
-            answers = {name: system["outputs"][lang][place] for name, system in systems.items()
-                       if name != "base" and lang in system["outputs"]}
-            print(f"\n{title}, {lang}: {text[:300]}")
-            for name, shown in {"reference": reference, **answers}.items():
-                print(f"{name:12} {shown[:300]}")
+            print(f"\n{title}, {lang}: {text[:300]}\nreference    {reference[:300]}")
+            for name, system in systems.items():
+                if name != "base" and lang in system["outputs"]:
+                    print(f"{name:12} {system['outputs'][lang][place][:300]}")
     print(f"\nWritten to {folder}")
 
 
@@ -533,7 +520,7 @@ def examples(systems, targets, expected):
         return {"text": (targets[0], 0)}
     shown = {}
     for lang in targets:
-        usual, ours = (identifier().predict(systems[name]["outputs"][lang][:SHOWN], expected)
+        usual, ours = (identifier().predict(systems[name]["outputs"][lang][:20], expected)
                        for name in ("usual way", "this run"))
         for place, codes in enumerate(zip(usual, ours)):
             if codes[0] != lang:
@@ -541,36 +528,33 @@ def examples(systems, targets, expected):
     return shown
 
 
-def columns(system, languages, kinds=("rougeL", "wrong_language", "source_language")):
-    """Return the means over languages of a system's scores of these kinds, then of its XLRS.
+COLUMNS = {"ROUGE-L": "rougeL", "wrong %": "wrong_language", "source %": "source_language",
+           "mixed %": "mixed", "XLRS": "xlrs"}  # of a report -> names in scores.json
+
+
+def columns(system, languages):
+    """Return the means over languages of a system's numbers, as COLUMNS names them.
 
     A mean is blank, "", where one of the languages lacks the number.
     """
-    found = [[system["scores"].get(lang, {}).get(kind) for lang in languages] for kind in kinds]
-    found.append([system["xlrs"].get(lang) for lang in languages])
+    found = [[(system["scores"].get(lang, {}) | {"xlrs": system["xlrs"].get(lang)}).get(kind)
+              for lang in languages] for kind in COLUMNS.values()]
     return ["" if None in row or not row else mean(row) for row in found]
 
 
-def compare(folders):
-    """Print a row a run: means over the languages from which none of the runs learnt.
+def compare(args):
+    """Print a row a run of args.compare: means over the languages from which none of them learnt.
 
-    Raises ValueError where one is given twice, or two are scored on other tasks, sizes or texts.
+    Raises ValueError where two are scored on other texts, or measured on other parallel ones.
     """
-    if len(set(map(os.path.realpath, folders))) < len(folders):
-        raise ValueError(f"--compare: expected each run once, found {' '.join(folders):.200}")
-    runs = {folder: read_json(Path(folder) / "scores.json") for folder in folders}
-    learnt = {lang for folder in folders for lang in
-              data.files_by_language(read_run(folder)[0].train)}
-    scored_on = [[found["task"], found.get("texts"), {lang: scores["n"] for lang, scores in
-                                                     found["scores"].items()}]
-                 for found in runs.values()]
-    for folder, texts in zip(folders, scored_on):
-        if texts != scored_on[0]:
-            raise ValueError(f"{folder}: expected the task, texts and sizes of {folders[0]}")
-    targets = [lang for lang in scored_on[0][2] if lang not in learnt]
-    kinds = ("rougeL", "wrong_language", "source_language", "mixed")
-    table([[folder, *columns(found, targets, kinds)] for folder, found in runs.items()],
-          [f"mean of {' '.join(targets)}", "ROUGE-L", "wrong %", "source %", "mixed %", "XLRS"])
+    runs = {folder: read_json(Path(folder) / "scores.json") for folder in args.compare}
+    learnt = {lang for folder in runs for lang in data.files_by_language(read_run(folder)[0].train)}
+    for folder, found in runs.items():
+        if found.get("texts") != runs[args.compare[0]].get("texts"):
+            raise ValueError(f"{folder}: expected scores on the texts of {args.compare[0]}")
+    targets = [lang for lang in found["scores"] if lang not in learnt]
+    table([[folder, *columns(found, targets)] for folder, found in runs.items()],
+          [f"mean of {' '.join(targets)}", *COLUMNS])
 
 
 def mean(values):
@@ -599,13 +583,6 @@ def positive(text, least=1):
     return int(text)
 
 
-def two_names(text):
-    """An argparse type: two names with a comma between them."""
-    if text.count(",") != 1:
-        raise argparse.ArgumentTypeError(f"expected SOURCE,TARGET, found {text}")
-    return text
-
-
 def add_texts(parser):
     """Add the flags on texts and device that train.py and eval.py share."""
     parser.epilog = "TEXT is LANG for the toy world, LANG=FILE, or LANG=SOURCE_FILE,TARGET_FILE."
@@ -614,8 +591,7 @@ def add_texts(parser):
     add("--train", nargs="+", metavar="TEXT", default=["en"], help="pairs; source first (en)")
     add("--test", nargs="+", metavar="TEXT", help="test pairs (toy: every language)")
     add("--parallel", nargs="+", metavar="TEXT", help="aligned lines, for XLRS (toy: all)")
-    add("--fields", type=two_names, metavar="SOURCE,TARGET", default="source,target",
-        help="column names in all JSONL, TSV and CSV files (%(default)s)")
+    add("--fields", metavar="S,T", default="source,target", help="columns of files (%(default)s)")
     add("--test-size", type=positive, metavar="N", help="test texts a language (all; toy: 200)")
     add("--eval-size", type=positive, default=100, metavar="N",
         help="texts a language at each checkpoint, and in all to measure XLRS on (%(default)s)")
@@ -654,24 +630,19 @@ def pick_device(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Score a run, a checkpoint, or any system's outputs: ROUGE-L and language. "
-                    "What is not given is as in the run.")
+    parser = argparse.ArgumentParser(description="Score a run, a checkpoint or any outputs.")
+    add_texts(parser)
     add = parser.add_argument
     add("model", nargs="?", metavar="CHECKPOINT|RUN", help="what to score")
-    add("--by", choices=["xlrs", "dev"], help="choose the run's checkpoint anew")
     add("--compare", nargs="+", metavar="RUN", help="print a row a run")
-    add_texts(parser)
-    add = parser.add_argument_group("files of any system, a text a line").add_argument
-    add("--hyp", metavar="FILE", help="the outputs")
-    add("--ref", metavar="FILE", help="the references, aligned by line")
+    add("--hyp", metavar="FILE", help="outputs of any system, a text a line")
+    add("--ref", metavar="FILE", help="their references, aligned by line")
     add("--lang", help="their language, ISO 639-1")
     add("--source", default="en", help="the language fine-tuned on (en)")
     add("--expected", nargs="+", metavar="LANG", help="languages that are likelier (the source)")
     args = parser.parse_args(argv)
     if not (args.model or args.compare or (args.hyp and args.ref and args.lang)):
-        parser.error("expected CHECKPOINT|RUN, or --hyp FILE --ref FILE --lang LANG, or "
-                     "--compare RUN…")
+        parser.error("expected CHECKPOINT|RUN, --compare RUN…, or --hyp, --ref and --lang")
     if args.model and Path(args.model).is_dir():  # what is not given is as in the run
         known, _ = read_run(args.model)
         known.out = known.device = None  # the run may have moved, to another machine too
@@ -680,10 +651,10 @@ def parse_args(argv=None):
         other = [name for name in run if vars(args)[name] != run[name] and name != "device"]
         if other and not args.out:
             parser.error(f"--out: expected FOLDER, as {other[0]} is not the run's")
-    elif args.model and not args.out and Path("runs/eval/scores.json").exists():
-        parser.error("--out: expected FOLDER, as runs/eval has scores already")
-    if args.out and (Path(args.out) / "args.json").exists():
-        parser.error(f"--out: expected a folder without a run, found {args.out}")
+    elif args.model:
+        args.out = args.out or "runs/eval"
+    if args.out and (Path(args.out) / "scores.json").exists():
+        parser.error(f"--out: expected a folder without scores, found {args.out}")
     return complete(args)
 
 
@@ -697,12 +668,12 @@ def score_model(args):
         raise ValueError("no test pairs; name some with --test LANG=FILE")
     _, held_out = data.parallel_texts(args) if args.parallel else ({}, {})
     if path.is_dir():
-        if args.by or not (path / "selected.json").exists():
-            choose_checkpoint(path, args.by)
+        if not (path / "selected.json").exists():
+            choose_checkpoint(path)
         score_run(path, tests, held_out, args, device, autocast)
     else:
         found = score_checkpoint(path, tests, held_out, args, device, autocast)
-        report({path.name: found}, path.name, tests, args, None, Path(args.out or "runs/eval"))
+        report({path.name: found}, path.name, tests, args, None, Path(args.out))
 
 
 def score_files(args):
@@ -716,12 +687,8 @@ def score_files(args):
 def main(argv=None):
     try:
         args = parse_args(argv)
-        if args.compare:
-            compare(args.compare)
-        elif args.model:
-            score_model(args)
-        else:
-            score_files(args)
+        work = compare if args.compare else score_model if args.model else score_files
+        work(args)
     except (ValueError, OSError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         sys.exit(2)

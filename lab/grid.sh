@@ -19,7 +19,7 @@ run() {  # NAME ARGUMENTS…
     rm -rf "$folder"
     {
         python train.py --eval-size 200 --out "$folder" "$@" && case $folder in *upper* | *usual*)
-            python eval.py "$folder" --by dev;;
+            python select.py "$folder" --by dev && python eval.py "$folder";;
         esac
     } > "$folder.log" 2>&1 && rm "$folder"/*.pt && touch "$folder/done"
 }
@@ -93,7 +93,7 @@ def read(folder):
     for line in (folder / "outputs.jsonl").read_text("utf-8").splitlines():
         row = json.loads(line)
         outputs.setdefault(row["language"], []).append(row["output"])
-    shown = {lang: texts[:scoring.SHOWN] for lang, texts in outputs.items()}
+    shown = {lang: texts[:20] for lang, texts in outputs.items()}
     return {**scoring.read_json(folder / "scores.json"), "outputs": shown}
 
 
