@@ -1321,9 +1321,9 @@ REFUSED = [  # what hub() is given, what the message says
         "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1,
         "forced_bos_token_id": None}.items()),
     (dict(files={"generation_config.json": {"eos_token_id": 2}}), "generation_config"),
-    (dict(files={"added_tokens.json": {"<hl>": 500, "<extra_id_0>": 501}}), "found <hl>:"),
+    (dict(files={"added_tokens.json": {"<hl>": 500, "<extra_id_0>": 501}}), "found '<hl>'"),
     (dict(files={"tokenizer_config.json": {"added_tokens_decoder": {
-        "0": {"content": "<pad>"}, "500": {"content": "<sep>"}}}}), "found <sep>:"),
+        "0": {"content": "<pad>"}, "500": {"content": "<sep>"}}}}), "found '<sep>'"),
     (dict(files={"tokenizer.json": {"added_tokens": [{"id": 500, "content": "<hl>"}]}}), "<hl>"),
     (dict(weights={Q: torch.full((64, 64), math.nan)}), f"{Q} has numbers that are not finite"),
     (dict(weights={Q: None}), "layers.1.attention.q.weight"),
@@ -1341,7 +1341,7 @@ REFUSED = [  # what hub() is given, what the message says
     (dict(model_type="t5", tie_word_embeddings=None), "scale_decoder_outputs False"),
     (dict(files={"tokenizer_config.json": {"added_tokens_decoder": None}}), "added tokens as obj"),
     (dict(files={"tokenizer.json": {"added_tokens": ["<hl>"]}}), "expected added tokens as obj"),
-    (dict(files={"tokenizer.json": {"added_tokens": [{"content": "\n"}]}}), "found \\n:"),
+    (dict(files={"tokenizer.json": {"added_tokens": [{"content": "\n"}]}}), "found '\\n'"),
     *((dict(files={name: "version https://git-lfs.github.com/spec/v1"}), "git lfs pull")
       for name in ("pytorch_model.bin", "spiece.model")),
     (dict(form=FORMS[2], missing="pytorch_model-2-of-2.bin"), "pytorch_model-2-of-2.bin"),
