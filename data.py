@@ -38,8 +38,8 @@ def batches(pairs, tokenizer, args, start=0):
     for group in itertools.count(first):
         examples = [encode_pair(pairs[i], tokenizer, args) for i in itertools.islice(order, size)]
         rng = np.random.default_rng([args.seed, group])
-        done = max(0, start - group * GROUP)  # of the first group, the batches before start
-        yield from of_similar_length(examples, args.batch_size, rng)[done:]
+        # Of the first group only the batches from start on.
+        yield from of_similar_length(examples, args.batch_size, rng)[max(0, start - group * GROUP):]
 
 
 def passes(count, seed):
@@ -63,16 +63,14 @@ def parallel_batches(parallel, tokenizer, args, start=0):
     """
     rows = list(zip(*parallel.values()))  # each a sentence in every language
     for step in itertools.count(start):
-        rng = np.random.default_rng([args.seed, step, 2])
-        chosen = rng.integers(len(rows), size=args.reg_batch)
-        ids = [tokenizer.encode(text, args.max_source) for i in chosen for text in rows[i]]
+        drawn = np.random.default_rng([args.seed, step, 2]).integers(len(rows), size=args.reg_batch)
+        ids = [tokenizer.encode(text, args.max_source) for i in drawn for text in rows[i]]
         yield tuple(tensor.unflatten(0, (-1, len(parallel))) for tensor in pad_source(ids))
 
 
 def encode_pair(pair, tokenizer, args):
     """Return (source ids, target ids) of a pair of texts, cut to the lengths of args."""
-    source, target = pair
-    return (tokenizer.encode(source, args.max_source), tokenizer.encode(target, args.max_target))
+    return tokenizer.encode(pair[0], args.max_source), tokenizer.encode(pair[1], args.max_target)
 
 
 def collate(examples):
@@ -91,9 +89,8 @@ def pad_source(sequences):
 
 
 def pad(sequences, value):
-    """Return (B, longest) int64: sequences of ids filled up with value."""
-    width = max(map(len, sequences))
-    return torch.tensor([ids + [value] * (width - len(ids)) for ids in sequences])
+    """Return (B, longest) int64: sequences of ids, a row each, filled up with value."""
+    return torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, sequences)), True, value)
 
 
 # The texts of a run: LANG alone means the toy world, LANG=FILE a file, LANG=FILE,FILE two files
@@ -107,13 +104,10 @@ def languages(args):
 
 def files_by_language(words):
     """Return {language: path, or None for the toy world} of words, LANG=FILE or LANG alone."""
-    paths = {}
-    for word in words:
-        language, equals, path = word.partition("=")
-        if not language or (equals and not path) or language in paths:
-            raise ValueError(f"expected each language once, as LANG or LANG=FILE, found {words}")
-        paths[language] = path or None
-    return paths
+    paths = dict(word.partition("=")[::2] for word in words)
+    if len(paths) < len(words) or "" in paths or any(word.endswith("=") for word in words):
+        raise ValueError(f"expected each language once, as LANG or LANG=FILE, found {words}")
+    return {language: path or None for language, path in paths.items()}
 
 
 def load_texts(args):
@@ -185,10 +179,9 @@ def read_pairs(path, fields=("source", "target")):
                                  f"mend or remove it, or choose --fields from {', '.join(row):.99}")
         pairs.append(tuple(row[field] for field in fields))
     if not path.endswith(TABLES):
-        source, comma, target = path.partition(",")
-        if not comma:
+        if "," not in path:
             raise ValueError(f"{path}: expected .jsonl, .tsv, .csv, or SOURCE_FILE,TARGET_FILE")
-        pairs = list(zip(*read_parallel({"source": source, "target": target}).values()))
+        pairs = list(zip(*read_parallel(dict(enumerate(path.split(",", 1)))).values()))
     if not pairs:
         raise ValueError(f"{path}: expected at least one pair, found none")
     return pairs
@@ -259,8 +252,7 @@ def each_line(path):
     try:
         with opened(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                yield line.removesuffix("\n").removesuffix("\r")
+                yield raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
     except (UnicodeDecodeError, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}:{number}: expected UTF-8: {error}; convert or unpack") from None
 

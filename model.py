@@ -115,12 +115,11 @@ class MT5(nn.Module):
         factor K^-0.5 that mT5 leaves out of its scores.
         """
         c = self.config
-        std = dict.fromkeys(("k", "v", "gate", "up", "positions"), c.d_model ** -0.5)
-        std |= {"embedding": 1.0, "q": (c.d_model * c.d_kv) ** -0.5, "down": c.d_ff ** -0.5,
-                "o": (c.num_heads * c.d_kv) ** -0.5}
+        std = {"embedding": 1.0, "q": (c.d_model * c.d_kv) ** -0.5, "down": c.d_ff ** -0.5,
+               "o": (c.num_heads * c.d_kv) ** -0.5}  # k, v, gate, up, positions: D^-0.5
         for name, module in self.named_modules():
             if isinstance(module, (nn.Linear, nn.Embedding)) and module is not self.head:
-                nn.init.normal_(module.weight, std=std[name.rpartition(".")[2]])
+                nn.init.normal_(module.weight, std=std.get(name.split(".")[-1], c.d_model ** -0.5))
         # Ours: the head begins as if it were tied to the embedding, and may part from it.
         self.head.weight = nn.Parameter(self.embedding.weight.detach() * c.d_model ** -0.5)
 
@@ -275,8 +274,7 @@ class Positions(nn.Embedding):
         places = torch.arange(end, device=self.weight.device)
         buckets = bucket(places[None, :] - places[start:, None], self.both_ways,
                          self.num_embeddings, self.max_distance)
-        bias = super().forward(buckets).permute(2, 0, 1)
-        return bias.clone(memory_format=torch.contiguous_format)[None]
+        return super().forward(buckets).permute(2, 0, 1).contiguous()[None]
 
 
 def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
@@ -288,19 +286,16 @@ def bucket(distance, bidirectional, num_buckets=32, max_distance=128):
     distance each (0, 1, 2, …); the other half share the distances up to max_distance on a
     logarithmic scale, rounded down, and the last takes all beyond.
     """
-    offset = 0
     if bidirectional:
-        num_buckets //= 2
-        offset = (distance > 0) * num_buckets
-        distance = distance.abs()
-    else:
-        distance = (-distance).clamp(min=0)
+        half = num_buckets // 2
+        return (distance > 0) * half + bucket(-distance.abs(), False, half, max_distance)
+    distance = (-distance).clamp(min=0)
     exact = num_buckets // 2
     # The order of these float32 operations is mesh-tensorflow's: another one would round the
     # distances on a boundary to the other side.
     far = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
     far = (exact + (far * (num_buckets - exact)).long()).clamp(max=num_buckets - 1)
-    return offset + torch.where(distance < exact, distance, far)
+    return torch.where(distance < exact, distance, far)
 
 
 def hide(bias, visible):
@@ -313,8 +308,7 @@ def aligned(bias):
 
     So a GPU's fused attention takes it as it is, without a copy in every layer.
     """
-    length = bias.shape[-1]
-    return F.pad(bias, (0, -length % 8))[..., :length]
+    return F.pad(bias, (0, -bias.shape[-1] % 8))[..., :bias.shape[-1]]
 
 
 def in_autocast(x):
@@ -354,8 +348,7 @@ def rows_of(keys_values, rows):
 
 def source_rows(source, rows):
     """Return the chosen rows of what the decoder sees of the source, look_at()."""
-    keys_values, bias = source
-    return rows_of(keys_values, rows), aligned(bias[rows])
+    return rows_of(source[0], rows), aligned(source[1][rows])
 
 
 def beam_search(model, source, count, max_new_tokens, W):
@@ -368,8 +361,7 @@ def beam_search(model, source, count, max_new_tokens, W):
     """
     device = model.head.weight.device
     rows = torch.arange(count, device=device)[:, None]  # x[rows, order]: each sentence's own
-    each = rows.flatten().repeat_interleave(W)
-    source = source_rows(source, each)
+    source = source_rows(source, rows.flatten().repeat_interleave(W))
     ids = torch.full((count, W, max_new_tokens + 1), PAD, device=device)
     scores = torch.full((count, W), -math.inf, device=device)
     ended, ended_scores = ids.clone(), scores.clone()
@@ -378,9 +370,8 @@ def beam_search(model, source, count, max_new_tokens, W):
     for t in range(1, max_new_tokens + 1):
         hidden, past = model.decoder(model.embedding(ids[:, :, t - 1].reshape(-1, 1)), source, past)
         logp = model.head(hidden[:, -1]).float().log_softmax(-1).unflatten(0, (count, W))
-        V = logp.shape[-1]
         best, order = (scores[:, :, None] + logp).flatten(1).topk(2 * W)  # (B, 2W)
-        parent, token = order // V, order % V
+        parent, token = torch.unravel_index(order, logp.shape[1:])  # of (W, V)
         candidates = ids[rows, parent]
         candidates[:, :, t] = token
         ends = (token == EOS) | (t == max_new_tokens)
@@ -548,8 +539,7 @@ def read_tokenizer(folder):
             listed = {str(token["content"]) for token in tokens}
             added = sorted((set(content) if path.name == "added_tokens.json" else listed) - known)
         if added:
-            raise ValueError(f"{path}: expected no tokens beyond those of spiece.model, found "
-                             f"{repr(' '.join(added))[1:-1]:.80}: added tokens are not supported")
+            raise ValueError(f"{path}: expected no added tokens, found {' '.join(added)!r:.80}")
     return tokenizer
 
 
@@ -584,13 +574,12 @@ def read_safetensors(path):
     """
     content = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
     start = 8 + int.from_bytes(content[:8].numpy().tobytes(), "little")
-    header, tensors = json.loads(content[8:start].numpy().tobytes()), {}
+    header, found = json.loads(content[8:start].numpy().tobytes()), {}
     header.pop("__metadata__", None)
     for name, entry in header.items():
-        dtype, (first, last) = DTYPES[entry["dtype"]], entry["data_offsets"]
-        assert first >= 0, name
-        tensors[name] = content[start:][first:last].view(dtype).view(entry["shape"])  # if they fit
-    return tensors
+        dtype, (first, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        found[name] = content[start:].narrow(0, first, end - first).view(dtype).view(entry["shape"])
+    return found
 
 
 def infer_config(settings, published):
@@ -649,8 +638,7 @@ def export(checkpoint, folder):
         write_file(folder / "tokenizer_config.json",
                    json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
     else:  # scores of byte pairs are whole numbers, those of a unigram model logarithms
-        print("no tokenizer is written: transformers reads every SentencePiece model as a unigram "
-              "one, and would cut texts otherwise than this one of byte pairs (BPE)")
+        print("no tokenizer is written: transformers would take its byte pairs (BPE) for unigrams")
     print(f"{folder}: {sum(weight.numel() for weight in weights.values()):,} parameters")
 
 

@@ -34,8 +34,7 @@ import transformers
 from torch.nn import functional as F
 
 HERE = Path(__file__).parent
-NAMES = ("xlrs.py", "train.py", "model.py", "data.py", "eval.py", "select.py", "pretrain.py",
-         "answers.py")
+NAMES = "xlrs.py train.py model.py data.py eval.py select.py pretrain.py answers.py".split()
 sys.path.insert(1, str(HERE / "lab"))
 
 
@@ -43,8 +42,7 @@ def students_files(folder):
     """Return {name: path} of a student's files in folder, after putting them before ours."""
     found = {name: folder / name for name in NAMES if (folder / name).is_file()}
     if not found:
-        lack = f"none of {' '.join(NAMES)}" if folder.is_dir() else "no such folder"
-        raise FileNotFoundError(f"XLRS_IMPL={folder}: expected files to test, found {lack}")
+        raise FileNotFoundError(f"XLRS_IMPL={folder}: expected {' or '.join(NAMES)}, found none")
     if {"data.py", "eval.py"} & set(found) and not (folder / "toy").is_dir():
         raise FileNotFoundError("XLRS_IMPL: expected toy/ beside data.py or eval.py, found none; "
                                 f"copy it: cp -r {HERE / 'toy'} {folder}")
@@ -75,8 +73,6 @@ for path in THEIRS.values():  # in place of what was asked for, ours would pass 
     if path.stem in sys.modules and path.name != "select.py":
         assert Path(sys.modules[path.stem].__file__) == path
 
-transformers.logging.set_verbosity_error()
-
 
 @pytest.fixture(scope="session", autouse=True)
 def whose(pytestconfig):
@@ -87,19 +83,20 @@ def whose(pytestconfig):
             print("\nXLRS_IMPL:", *THEIRS.values(), "in place of ours")
 
 
-def script(*words):
+def script(*words, code=0):
     """Return the finished process of `python WORDS…`, as a user starts it in our folder."""
     words = [str(THEIRS.get(word, word)) for word in words]
-    return subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True,
-                          timeout=300)
+    finished = subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True,
+                              timeout=300)
+    assert finished.returncode == code, finished.stderr
+    return finished
 
 
 def fails_in_one_line(code, stderr, *parts):
     """Assert that a script stopped as it should for a user's mistake: exit code 2, one line."""
     assert code == 2 and "Traceback" not in stderr, stderr
     line = stderr.strip().splitlines()[-1]
-    for part in parts:
-        assert part in line, line
+    assert all(part in line for part in parts), line
 
 
 def refuses(capsys, parts, main, *words):
@@ -119,7 +116,6 @@ def answer(name, value):
 
 
 # xlrs.py ------------------------------------------------------------------------------------------
-
 def test_xlrs_of_two_sentences_is_as_computed_by_hand():
     english = [[[2., 0.], [4., 8.]], [[1., 0.], [9., 9.]]]  # (B, S, D); the last is padding
     german = [[[4., 3.], [9., 9.]], [[0., 2.], [0., 4.]]]
@@ -144,11 +140,7 @@ def test_pooling_is_the_mean_over_real_tokens():
         f"(2, 0), (4, 6), padding (9, 9): expected the mean (3, 3), found {found}")
 
 
-def test_pooling_does_not_see_what_stands_in_the_padding_and_gives_zeros_without_a_token():
-    states, mask = torch.randn(4, 5, 8), torch.arange(5)[None] < torch.tensor([[5], [3], [1], [2]])
-    noisy = torch.where(mask[..., None], states, torch.full_like(states, 1e4))
-    unchanged = torch.equal(xlrs.pool(states, mask), xlrs.pool(noisy, mask))
-    assert unchanged, "what stands in the padding, where mask is False, should change nothing"
+def test_pooling_a_sentence_without_a_token_gives_zeros():
     found = xlrs.pool(torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.bool)).tolist()
     assert found == [[0] * 3], f"expected zeros, not a division by no token, found {found}"
 
@@ -160,22 +152,11 @@ def test_similarity_is_the_cosine(a, b, cosine):
     found = xlrs.similarity(torch.tensor([a]), torch.tensor([b]))
     dot, lengths = sum(x * y for x, y in zip(a, b)), f"{math.hypot(*a):.3f} · {math.hypot(*b):.3f}"
     assert found.tolist() == pytest.approx([cosine], abs=1e-6), (
-        f"cosine of {a} and {b}: expected {dot:g} / ({lengths}) = {cosine:.3f}, found "
-        f"{found.tolist()}")
+        f"{a}, {b}: expected {dot:g} / ({lengths}) = {cosine:.3f}, found {found.tolist()}")
     nothing = xlrs.similarity(torch.zeros(1, len(a)), torch.tensor([a])).item()
     assert nothing == 0, f"zeros, a sentence without tokens: expected 0, found {nothing}"
     found = xlrs.similarity(torch.tensor([[a]]), torch.tensor([[b], [b]]))  # as xlrs() calls it
     assert found.shape == (2, 1), f"(1, 1, D) and (2, 1, D): expected (2, 1), found {found.shape}"
-
-
-def test_xlrs_compares_each_language_with_the_source_sentence_by_sentence():
-    source = [[1., 0.], [0., 1.]]
-    pooled = torch.tensor([source, source, [[0., 1.], [1., 0.]], [[1., 1.], [0., -1.]]])
-    expected = [1., 0., (1 / math.sqrt(2) - 1) / 2]
-    found = xlrs.xlrs(pooled).tolist()
-    assert found == pytest.approx(expected, abs=1e-6), (
-        "cosines with the source's two sentences: 1 and 1, 0 and 0, 0.707 and -1; expected each "
-        f"language's mean, 1, 0 and -0.146, found {found}")
 
 
 def test_the_regulariser_is_the_sum_of_the_languages_xlrs_above_the_floor():
@@ -196,7 +177,7 @@ def test_the_mean_cosine_of_all_pairs_of_six_has_a_lowest_value():
             f"expected -0.2, found {found}: how long is the sum of the six vectors, squared?")
 
 
-def test_a_step_against_the_regularisers_gradient_lowers_xlrs_and_moves_every_language():
+def test_a_step_against_the_regularisers_gradient_lowers_xlrs_in_every_language_to_the_floor():
     pooled = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0)) + 1
     pooled.requires_grad_()
     xlrs.regulariser(pooled, -1).backward()
@@ -208,9 +189,6 @@ def test_a_step_against_the_regularisers_gradient_lowers_xlrs_and_moves_every_la
     assert after < before, (
         "loss = … + λ · term is minimised: expected a step against the term's gradient to lower "
         f"XLRS, found it go from {before:.3f} to {after:.3f}; see the term's sign")
-
-
-def test_the_regulariser_has_no_gradient_below_its_floor_and_needs_two_languages():
     pooled = torch.tensor([[[1., 0.]], [[-1., 0.1]]], requires_grad=True)
     xlrs.regulariser(pooled, 0).backward()
     found = pooled.grad.flatten().tolist()
@@ -219,21 +197,18 @@ def test_the_regulariser_has_no_gradient_below_its_floor_and_needs_two_languages
         xlrs.regulariser(pooled[:1])
 
 
-def test_the_rule_takes_the_lowest_xlrs_or_the_lowest_development_loss():
+def test_the_rule_takes_the_lowest_xlrs_or_development_loss_and_says_what_it_lacks():
     rows = [dict(step=1, xlrs=0.4, dev_loss=0.9), dict(step=2, xlrs=0.1, dev_loss=0.5),
             dict(step=3, xlrs=0.1, dev_loss=0.2)]
     assert xlrs.choose(rows, floor=-1)["step"] == 2  # the earlier of equals
     assert xlrs.choose(rows, by="dev_loss")["step"] == 3, "a loss has no floor"
     assert xlrs.choose(rows, floor=0.5)["step"] == 1, "XLRS below the floor is no merit"
     assert xlrs.choose(rows, floor=0.2)["step"] == 2
-
-
-@pytest.mark.parametrize("rows, by, message", [
-    ([], "xlrs", "at least one checkpoint"), ([dict(step=7, xlrs=math.nan)], "xlrs", "step 7"),
-    ([dict(step=7, xlrs=0.1)], "dev_loss", "finite 'dev_loss'"), ([dict(step=7)], "dev", "_loss")])
-def test_the_rule_says_what_it_lacks(rows, by, message):
-    with pytest.raises(ValueError, match=message):
-        xlrs.choose(rows, by)
+    for bad, by, message in (([], "xlrs", "at least one checkpoint"), (rows, "dev", "'dev_loss'"),
+                             ([dict(step=7, xlrs=math.nan)], "xlrs", "step 7"),
+                             ([dict(step=7, xlrs=0.1)], "dev_loss", "finite 'dev_loss'")):
+        with pytest.raises(ValueError, match=message):
+            xlrs.choose(bad, by)
 
 
 def test_the_examples_in_the_docstrings_print_what_they_show():
@@ -242,7 +217,6 @@ def test_the_examples_in_the_docstrings_print_what_they_show():
 
 
 # model.py: parity with transformers, its parts, its checkpoints -----------------------------------
-
 TEXTS = ["The cat sat on the mat.", "Die Katze saß auf der Matte.", "Кошка сидела на ковре.",
          "Le chat était assis sur le tapis.", "猫はマットの上に座った。", "แมวนั่งบนเสื่อ", ""]
 TINY = MT5Config(vocab_size=500, d_model=64, d_kv=16, d_ff=96, num_layers=3, num_decoder_layers=1,
@@ -334,8 +308,7 @@ def test_generated_tokens_equal_those_of_transformers(pair, beams):
     assert len(set((found != PAD).sum(1).tolist())) > 1, "the lengths should differ"
 
 
-def test_ended_sentences_leave_by_quarters_and_what_is_seen_of_the_source_stays_aligned(
-        pair, monkeypatch):
+def test_ended_sentences_leave_by_quarters_and_the_source_stays_aligned(pair, monkeypatch):
     ours, copied, strides = pair[0], [], []
     rows_of, forward = mt5.rows_of, ours.decoder.forward
     monkeypatch.setattr(mt5, "rows_of", lambda past, rows: copied.append(
@@ -380,31 +353,26 @@ def test_bf16_is_as_close_to_float32_as_in_transformers(pair):
     assert loss != loss.bfloat16(), "a loss without gradient should not be rounded"
 
 
-THEIR_BUCKET = transformers.models.mt5.modeling_mt5.MT5Attention._relative_position_bucket
-
-
 @pytest.mark.parametrize("both_ways, distances, expected", [
     # By hand. Both ways: 16 a side, 8 exact, then 8 + floor(8 · ln(d / 8) / ln(128 / 8)).
     (True, [0, -1, -7, -8, -11, -12, -31, -32, -63, -64, -127, -128, 1, 7, 16, 64, 91],
      [0, 1, 7, 8, 8, 9, 11, 12, 13, 14, 15, 15, 17, 23, 26, 30, 31]),
     (False, [5, 1, 0, -1, -15, -16, -18, -19, -31, -32, -113, -999],  # all 32 behind: 16 exact
-     [0, 0, 0, 1, 15, 16, 16, 17, 21, 21, 31, 31]),
-    *((both_ways, list(range(-600, 601)),
-       THEIR_BUCKET(torch.arange(-600, 601), both_ways, 32, 128).tolist())
-      for both_ways in (True, False))], ids=["hand", "hand, back", "theirs", "theirs, back"])
-def test_buckets_equal_a_table_made_by_hand_and_those_of_transformers(
-        both_ways, distances, expected):
+     [0, 0, 0, 1, 15, 16, 16, 17, 21, 21, 31, 31])])
+def test_buckets_equal_a_table_by_hand_and_those_of_transformers(both_ways, distances, expected):
+    theirs = transformers.models.mt5.modeling_mt5.MT5Attention._relative_position_bucket
+    expected = expected + theirs(torch.arange(-600, 601), both_ways, 32, 128).tolist()
+    distances = [*distances, *range(-600, 601)]
     found = mt5.bucket(torch.tensor(distances), both_ways).tolist()
     differ = [f"distance {distance}: expected {right}, found {wrong}"
               for distance, right, wrong in zip(distances, expected, found) if right != wrong]
-    ways = "both ways" if both_ways else "back only"
-    assert not differ, f"looking {ways}, {len(differ)} differ: {'; '.join(differ[:8])}"
+    assert not differ, f"both ways: {both_ways}, {len(differ)} differ: {'; '.join(differ[:8])}"
 
 
 @pytest.mark.parametrize("low, tolerance", [(False, 1e-5), (True, 0.02)])
-def test_the_loss_in_parts_has_the_gradient_of_the_plain_one(low, tolerance):
+def test_the_loss_in_parts_has_the_plain_ones_gradient_and_dropout_its_seed(low, tolerance):
     torch.manual_seed(0)
-    model = MT5(replace(TINY, dropout_rate=0))
+    model, losses = MT5(TINY).eval(), []
     ids, mask, labels = batch(sentences=64)  # more than one part of 256
     with torch.autocast("cpu", torch.bfloat16, enabled=low):
         found = model(ids, mask, labels)
@@ -415,17 +383,13 @@ def test_the_loss_in_parts_has_the_gradient_of_the_plain_one(low, tolerance):
                        for loss in (found, expected))
     for a, b in zip(found, expected):
         assert (a - b).norm() <= tolerance * b.norm()
-
-
-def test_training_differs_by_dropout_and_repeats_with_its_seed():
-    model, losses = MT5(TINY), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        losses.append(model(*batch()).item())
+        losses.append(model.train()(ids, mask, labels).item())
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_each_weight_starts_at_mesh_tensorflows_scale():
+def test_each_weight_starts_at_mesh_tensorflows_scale_and_the_sizes_are_as_published():
     torch.manual_seed(0)
     model = MT5(MT5Config(vocab_size=500, d_model=96, d_kv=16, d_ff=200, num_heads=4))
     std = {"embedding": 1, "q": (96 * 16) ** -0.5, "o": 64 ** -0.5, "down": 200 ** -0.5}
@@ -436,14 +400,9 @@ def test_each_weight_starts_at_mesh_tensorflows_scale():
         else:
             tolerance = 0.35 if name == "positions" else 0.06  # few numbers, many numbers
             assert weight.std().item() == pytest.approx(std.get(name, 96 ** -0.5), rel=tolerance)
-
-
-def test_the_sizes_have_the_published_numbers_of_parameters():
-    published = {"small": 300_176_768, "base": 582_401_280, "large": 1_229_581_312,
-                 "xl": 3_742_619_648, "xxl": 12_921_057_280}
-    for name, count in published.items():
-        with torch.device("meta"):
-            assert sum(p.numel() for p in MT5(SIZES[name]).parameters()) == count
+    with torch.device("meta"):
+        found = [sum(map(torch.numel, MT5(size).parameters())) for size in SIZES.values()]
+    assert found == [300_176_768, 582_401_280, 1_229_581_312, 3_742_619_648, 12_921_057_280]
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +459,6 @@ def test_another_file_than_a_checkpoint_is_refused_in_one_line(saved, capsys, da
 
 
 # data.py ------------------------------------------------------------------------------------------
-
 def test_every_story_can_be_told_in_every_language_without_a_slot_left_over():
     for story in data.stories("dev", 300, seed=5):
         for language in data.TOY_LANGUAGES:
@@ -545,39 +503,26 @@ def test_the_splits_share_no_story_whatever_the_seed_and_a_seed_draws_the_same_a
     assert len(set(map(json.dumps, first))) == 300
 
 
-def test_a_batch_is_padded_and_its_mask_is_true_at_real_tokens():
+LETTERS = argparse.Namespace(encode=lambda text, n: [*map(ord, text[:n - 1]), EOS])  # an id each
+
+
+def test_batches_are_padded_see_each_pair_once_an_epoch_and_can_start_anywhere():
     input_ids, mask, labels = data.collate([([5, 6, 1], [7, 1]), ([8, 1], [9, 9, 1])])
     assert input_ids.tolist() == [[5, 6, 1], [8, 1, 0]]
     assert mask.tolist() == [[True] * 3, [True, True, False]]
     assert labels.tolist() == [[7, 1, -100], [9, 9, 1]]
-
-
-class Letters:
-    """A tokenizer of one id a letter."""
-
-    def encode(self, text, longest=None):
-        return [ord(letter) for letter in text][:longest and longest - 1] + [EOS]
-
-
-def test_an_epoch_sees_each_pair_once_and_batches_can_start_anywhere():
     pairs = [(chr(100 + i) * (1 + i % 5), "a") for i in range(64)]
-    args = argparse.Namespace(batch_size=4, seed=1, max_source=9, max_target=9)
-    seen = [ids[:, 0].tolist() for ids, _, _ in
-            itertools.islice(data.batches(pairs, Letters(), args), 32)]
+    args = argparse.Namespace(batch_size=4, reg_batch=5, seed=1, max_source=9, max_target=9)
+    seen, later = ([ids[:, 0].tolist() for ids, _, _ in itertools.islice(
+        data.batches(pairs, LETTERS, args, start), 32 - start)] for start in (0, 11))
     assert sorted(sum(seen[:16], [])) == sorted(sum(seen[16:], [])) == list(range(100, 164))
-    assert seen[:16] != seen[16:]
-    later = data.batches(pairs, Letters(), args, start=11)
-    assert [ids[:, 0].tolist() for ids, _, _ in itertools.islice(later, 21)] == seen[11:]
-
-
-def test_a_parallel_batch_has_a_sentences_languages_beside_each_other_and_can_start_anywhere():
+    assert seen[:16] != seen[16:] and later == seen[11:]
     sides = {"en": [chr(100 + i) for i in range(9)], "de": [chr(200 + i) * 3 for i in range(9)]}
-    args = argparse.Namespace(reg_batch=5, seed=1, max_source=9)
-    ids, mask = next(data.parallel_batches(sides, Letters(), args, start=3))
-    assert ids.shape == mask.shape == (5, 2, 4)  # padded to the longest
+    ids, mask = next(data.parallel_batches(sides, LETTERS, args, start=3))
+    assert ids.shape == mask.shape == (5, 2, 4)  # languages beside each other, padded
     assert (ids[:, 0, 0] + 100 == ids[:, 1, 0]).all() and (ids[:, 0, 2:] == PAD).all()
     assert mask.sum(dim=2).tolist() == [[2, 4]] * 5
-    third = list(itertools.islice(data.parallel_batches(sides, Letters(), args), 4))[3]
+    third = next(itertools.islice(data.parallel_batches(sides, LETTERS, args), 3, None))
     assert torch.equal(third[0], ids)
 
 
@@ -595,52 +540,46 @@ PARALLEL = ["en=newstest2019-src.eng.txt de=newstest2019-ref.deu.txt",
             "en=tatoeba.deu-eng.eng de=tatoeba.deu-eng.deu"]
 
 
-def test_every_format_of_the_readme_is_read_as_its_table_says(tmp_path, monkeypatch):
+def test_every_format_of_the_readme_is_read_as_it_says_line_breaks_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    readme = (HERE / "README.md").read_text()
     for words, contents in FORMATS.items():
         args = train.parse_args(words.split())
         for path, content in zip(args.train[0].removeprefix("en=").split(","), contents):
             Path(path).write_bytes(content.encode())
         assert data.task_pairs(args.train, args, "train", None) == {"en": PAIRS}, words
-        assert words in readme
     for words in PARALLEL:
         args = train.parse_args(["--train", "en=a.jsonl", "--parallel", *words.split()])
         for word, lines in zip(args.parallel, ("One.\r\n\r\nTwo.\r\n", "Eins.\nnichts\nZwei.")):
             Path(word[3:]).write_bytes(lines.encode())
         assert data.parallel_texts(args) == ({"en": ("Two.",), "de": ("Zwei.",)},
                                              {"en": ("One.",), "de": ("Eins.",)}), words
-        assert words in readme
-
-
-def test_a_quoted_line_break_stays_inside_its_field_and_a_text_may_be_long(tmp_path):
+    readme = (HERE / "README.md").read_text()
+    assert [words for words in [*FORMATS, *PARALLEL] if words not in readme] == []
     for name, separator in (("a.csv", ","), ("a.tsv", "\t"), ("a.csv.gz", ",")):
         text = f'source{separator}target\r\n"one\ntwo"{separator}{"x" * 200_000}\r\n'.encode()
-        (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
-        assert data.read_pairs(tmp_path / name) == [("one\ntwo", "x" * 200_000)]
+        Path(name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        assert data.read_pairs(name) == [("one\ntwo", "x" * 200_000)]
 
 
 @pytest.mark.parametrize("name, content, parts", [
     ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a"\n', ["a.jsonl:2", "JSON"]),
     ("a.jsonl", b'{"text": "a", "target": "b"}\n', ["a.jsonl:1", "text, target", "--fields"]),
     ("a.tsv", b"source\ttarget\na\t \n", ["a.tsv:2", "'target'", "mend or remove"]),
-    ("a.csv", b"", ["a.csv", "at least one pair"]),
+    ("a.csv", b"", ["a.csv", "at least one pair"]), ("a.txt", b"x\n", ["a.txt", ".jsonl"]),
     ("a.csv", b"source,target\na,\xff\n", ["a.csv:2", "UTF-8", "0xff"]),
     ("a.csv", b"source,target\na,b\na,b,c\n", ["a.csv:3", "2 columns"]),
     ("a.csv", b"source,target\na,b\na\rb,c\n", ["a.csv:3", "carriage return"]),
     ("a.tsv", b'source\ttarget\n"a" b\tc\n', ["a.tsv:2", "double its own quotes"]),
     ("a.tsv", b'source\ttarget\none\t"eins\ntwo\tzwei\nthree\tdrei"\n', ["a.tsv:4", "literal"]),
-    ("a.jsonl", b'{"source": "a", "target": "b"}\n{"source": "a", "target": "b\\ud83d"}\n',
-     ["a.jsonl:2", "can't encode", "ud83d"]), ("a.jsonl", b"[[1]]\n", ["a.jsonl:1", "JSON object"]),
-    ("a.jsonl", b"[" * 99999, ["a.jsonl:1", "recursion"]),
+    ("a.jsonl", b'\n{"source": "a", "target": "b\\ud83d"}\n', ["jsonl:2", "can't encode", "ud83d"]),
+    ("a.jsonl", b"[[1]]\n", ["expected a JSON object"]), ("a.jsonl", b"[" * 99999, ["recursion"]),
     ("a.jsonl", b'{"source": [%s1], "%s": 2}' % (b"1, " * 9999, b"x" * 9999), ["[1, 1, 1", ", xx"]),
     ("a.tsv.gz", gzip.compress(b"source\ttarget\na\tb")[:-9], ["a.tsv.gz", "ended before"]),
     ("a.jsonl.gz", b"source\n", ["a.jsonl.gz", "Not a gzipped file"]),
     ("en.jsonl,de", b'{"a": "b"}\n|a\n', ["en.jsonl: expected a text a line"]),
     ("en,de.TSV", b"a\n|a\n", ["de.TSV: expected a text a line"]),
     ("en,de", b'{"a": "b"}\n|a\n', ["en: expected a text"]),
-    ("en,de", b'a\n|[{\n', ["de: expected a text"]),
-    ("a.txt", b"x\n", ["a.txt", ".jsonl"]), ("en,de", b"a\nb\n|a\n", ["en has 2, de has 1"])])
+    ("en,de", b'a\n|[{\n', ["de: expected"]), ("en,de", b"a\nb\n|a\n", ["en has 2, de has 1"])])
 def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, monkeypatch, name, content, parts):
     monkeypatch.chdir(tmp_path)
     for path, lines in zip(name.split(","), content.split(b"|")):
@@ -648,9 +587,7 @@ def test_a_reader_names_file_and_line_of_what_is_wrong(tmp_path, monkeypatch, na
     with pytest.raises(ValueError) as caught:
         data.read_pairs(name)
     line = str(caught.value)
-    assert "\n" not in line and len(line) < 500
-    for part in parts:
-        assert part in line
+    assert "\n" not in line and len(line) < 500 and all(part in line for part in parts), line
 
 
 def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
@@ -899,10 +836,8 @@ def test_a_table_that_is_missing_or_damaged_is_refused_in_one_line(three_words):
 
 
 # train.py, select.py, eval.py: a run --------------------------------------------------------------
-
-SMALL = ["--steps", 6, "--eval-every", 2, "--warmup", 2, "--batch-size", 8, "--eval-size", 8,
-         "--train-size", 64, "--test-size", 8, "--test", "en", "de", "ru", "--parallel", "en", "de",
-         "ru", "--lr", 1e-3]
+SMALL = ("--steps 6 --eval-every 2 --warmup 2 --batch-size 8 --eval-size 8 --train-size 64 "
+         "--test-size 8 --test en de ru --parallel en de ru --lr 1e-3").split()
 
 
 def learn(folder, *words):
@@ -937,8 +872,9 @@ def test_a_run_leaves_what_the_contract_names(small_run):
     assert len(outputs) == 3 * 8 and json.loads(outputs[0])["language"] == "en"
 
 
-def test_a_run_lowers_the_loss_and_the_regulariser_lowers_xlrs(small_run, tmp_path):
+def test_a_run_lowers_the_loss_the_regulariser_xlrs_and_both_are_told(small_run, tmp_path, capsys):
     plain = learn(tmp_path / "plain")
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     reg, without = ([scoring.mean(row["xlrs"].values()) for row in rows(path, "eval")]
                     for path in (small_run, plain))
     assert reg[0] == pytest.approx(without[0], abs=1e-5)
@@ -949,6 +885,14 @@ def test_a_run_lowers_the_loss_and_the_regulariser_lowers_xlrs(small_run, tmp_pa
     assert all(row["term"] == 0 for row in rows(plain, "train"))
     first = rows(small_run, "train")[0]
     assert first["term"] > 0.1 and first["lr"] == pytest.approx(5e-4)  # half of --lr, warming up
+    assert [line.split()[:2] for line in told] == [["step", step] for step in "0246"]
+    assert "loss" not in told[0].replace("dev loss", "")
+    loss = scoring.mean(row["loss"] for row in rows(plain, "train")[4:])
+    assert f"loss {loss:.3f}  XLRS" in told[3]
+    shown = script("select.py", plain).stdout.splitlines()
+    for line, row in zip(told, shown[1:]):  # the same numbers, between the columns' names
+        numbers = [word for word in line.split() if re.fullmatch(r"-?[\d.]+", word)]
+        assert numbers == [word for word in row.split() if word[-1].isdigit()]
 
 
 def test_the_objective_is_the_cross_entropy_and_the_hinge_on_the_parallel_sentences():
@@ -966,29 +910,12 @@ def test_the_objective_is_the_cross_entropy_and_the_hinge_on_the_parallel_senten
     assert train.objective(model, batch, (), floor=0.1)[1].item() == 0
 
 
-def test_a_run_tells_at_each_measurement_what_select_shows(tmp_path, capsys):
-    folder = learn(tmp_path / "run", "--reg", 0.1, "--steps", 4)
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
-    assert [line.split()[:2] for line in told] == [["step", "0"], ["step", "2"], ["step", "4"]]
-    trained = [row["loss"] for row in rows(folder, "train")]
-    assert "loss" not in told[0].replace("dev loss", "")
-    assert f"loss {scoring.mean(trained[2:]):.3f}  XLRS" in told[2]
-    shown = script("select.py", folder).stdout.splitlines()
-    for line, row in zip(told, shown[1:]):  # the same numbers, between the columns' names
-        numbers = [word for word in line.split() if re.fullmatch(r"-?[\d.]+", word)]
-        assert numbers == [word for word in row.split() if word[-1].isdigit()]
-
-
-def test_select_marks_the_lowest_xlrs_and_eval_scores_the_run_again(
-        small_run, tmp_path, capsys, monkeypatch):
-    finished = script("select.py", small_run)
-    assert finished.returncode == 0, finished.stderr
-    trained = [row for row in rows(small_run, "eval") if row["step"]]
-    lowest = min(trained, key=lambda row: scoring.mean(row["xlrs"].values()))["step"]
+def test_select_marks_the_lowest_xlrs_and_eval_scores_it(small_run, tmp_path, capsys, monkeypatch):
+    table = script("select.py", small_run).stdout.splitlines()
+    lowest = min(rows(small_run, "eval")[1:], key=lambda row: scoring.mean(row["xlrs"].values()))
     chosen = json.loads((small_run / "selected.json").read_text())
-    assert (chosen["step"], chosen["by"]) == (lowest, "xlrs")
-    marked = [line.split()[0] for line in finished.stdout.splitlines() if "<- chosen" in line]
-    assert marked == [str(lowest)]
+    assert (chosen["step"], chosen["by"]) == (lowest["step"], "xlrs")
+    assert [line.split()[0] for line in table if "<- chosen" in line] == [str(lowest["step"])]
     before = (small_run / "scores.json").read_text()
     scoring.main([str(small_run)])
     assert "usual way" not in capsys.readouterr().out, "shown only beside runs made as it was"
@@ -1069,15 +996,13 @@ def test_a_text_is_shown_that_is_mended_and_one_that_is_not():
 def test_a_frozen_part_keeps_its_weights_and_recomputing_changes_no_byte(tmp_path):
     words = ("--reg", 0.1, "--steps", 2, "--freeze", "decoder", "head")
     kept, again = learn(tmp_path / "kept", *words), learn(tmp_path / "again", *words, "--recompute")
-    old, new, same = (read_checkpoint(path)["model"] for path in (
-        kept / "step_000000.pt", kept / "step_000002.pt", again / "step_000002.pt"))
+    old, new = (read_checkpoint(kept / f"step_00000{step}.pt")["model"] for step in (0, 2))
     changed = {name.split(".")[0] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"embedding", "encoder"}
-    assert all(torch.equal(tensor, same[name]) for name, tensor in new.items())
+    assert (kept / "step_000002.pt").read_bytes() == (again / "step_000002.pt").read_bytes()
 
 
-def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(
-        tmp_path, capsys, monkeypatch):
+def test_users_files_in_any_script_and_unidentified_languages(tmp_path, capsys, monkeypatch):
     def objective(*words, known=train.objective):  # what was read at the start is what is scored
         for lang in texts:
             (tmp_path / lang).unlink(missing_ok=True)
@@ -1097,7 +1022,7 @@ def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(
 
 
 @pytest.mark.parametrize("words, parts", [
-    (["--train", "xx"], ["toy language", "'xx'"]),
+    (["--train", "xx"], ["toy language", "'xx'"]), (["--resume"], ["--out"]),
     (["--train", "en=nowhere.jsonl"], ["nowhere.jsonl", "No such file"]),
     (["--train", "en=a.jsonl", "--reg", "0.1"], ["--reg", "--parallel"]),
     (["--train", "en="], ["LANG=FILE", "en="]), (["--train", "en", "en"], ["each language once"]),
@@ -1105,8 +1030,7 @@ def test_users_files_in_any_script_and_languages_that_the_identifier_lacks(
     (["--init", "nowhere.pt"], ["nowhere.pt: expected a checkpoint"]),
     (["--init", "toy"], ["toy: expected a checkpoint", "model.py convert"]),
     (["--batch-size", "0"], ["--batch-size", "from 1"]), (["--device", "foo"], ["--device foo"]),
-    (["--seed", "-1"], ["--seed", "from 0"]),
-    (["--dtype", "float16"], ["--dtype", "float16"]), (["--resume"], ["--out"]),
+    (["--seed", "-1"], ["--seed", "from 0"]), (["--dtype", "float16"], ["--dtype", "float16"]),
     (["--dev", "de"], ["--dev", "source language en"]),
     (["--freeze", *train.PARTS], ["empty parameter list"])])
 def test_train_answers_a_mistake_in_one_line(tmp_path, capsys, words, parts):
@@ -1140,55 +1064,47 @@ def test_an_occupied_folder_and_changed_arguments_are_refused(small_run, capsys)
 def test_a_missing_or_damaged_run_is_answered_in_one_line(tmp_path, words, parts):
     with open(write_run(tmp_path / "run") / "log.jsonl", "a") as log:
         log.write("{\n")
-    finished = script(*(word.replace("RUN", str(tmp_path / "run")) for word in words))
+    finished = script(*(word.replace("RUN", str(tmp_path / "run")) for word in words), code=2)
     fails_in_one_line(finished.returncode, finished.stderr, *parts)
 
 
 def test_a_run_killed_again_and_again_ends_with_the_bytes_of_an_unbroken_one(small_run, tmp_path):
     again, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
     command = [sys.executable, THEIRS.get("train.py", "train.py"), "--reg", "0.1",
-               *map(str, SMALL), "--out", again, "--resume"]
+               *SMALL, "--out", again, "--resume"]
     for rows_before in (1, 4, 6):
-        process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL,
-                                   stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (log.exists()
-                                              and log.read_bytes().count(b"\n") >= rows_before):
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
+        with subprocess.Popen(command, cwd=HERE, stderr=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and not (
+                    log.exists() and log.read_bytes().count(b"\n") >= rows_before):
+                time.sleep(0.01)
+            process.kill()
     with open(log, "a") as file:  # a step after the last checkpoint, a line torn off
         file.write('{"kind": "train", "step": 6, "loss": 1.5}\n{"kind": "train", "st')
     learn(again, "--reg", 0.1, "--resume")
     for path in small_run.glob("step_*.pt"):
-        expected, found = (read_checkpoint(run / path.name)["model"] for run in (small_run, again))
-        for name, tensor in expected.items():
-            assert torch.equal(tensor, found[name]), (path, name)
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
     assert [row["step"] for row in rows(again, "train")] == [1, 2, 3, 4, 5, 6]
     assert [row["step"] for row in rows(again, "eval")] == [0, 2, 4, 6]
     assert (again / "scores.json").read_text() == (small_run / "scores.json").read_text()
 
 
-def test_numbers_that_are_not_finite_stop_the_run_before_they_reach_the_weights(tmp_path, capsys):
-    refuses(capsys, ["step 2, rate 1e+30: expected finite"],
-            learn, tmp_path / "run", "--lr", "1e30")
-    assert (tmp_path / "run" / "step_000000.pt").exists()
-
-
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("MPS backend out of memory (MPS)"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])
-def test_a_full_memory_saves_the_last_finished_step(tmp_path, monkeypatch, capsys, error):
+@pytest.mark.parametrize("message", [
+    "CUDA out of memory.", "MPS backend out of memory (MPS)",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"])
+def test_a_full_memory_saves_the_last_finished_step(tmp_path, monkeypatch, capsys, message):
     def full(*words):
-        raise error
+        raise RuntimeError(message)
     steps = iter([train.objective] * 3)
     monkeypatch.setattr(train, "objective", lambda *words: next(steps, full)(*words))
     refuses(capsys, ["memory is full", "--recompute"], learn, tmp_path / "run")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 3
 
 
-def test_a_full_memory_inside_the_first_update_leaves_a_run_that_goes_on(tmp_path, monkeypatch,
-                                                                         capsys):
+def test_an_update_that_fails_is_not_saved_and_its_run_goes_on(tmp_path, monkeypatch, capsys):
+    refuses(capsys, ["step 2, rate 1e+30: expected finite"], learn, tmp_path / "a", "--lr", 1e30)
+    assert read_checkpoint(tmp_path / "a" / "last.pt")["step"] == 0
     def full(self):  # with the states of one weight made, in part
         self.state[self.param_groups[0]["params"][0]] = {"step": torch.tensor(1.)}
         raise torch.OutOfMemoryError("out of memory")
@@ -1201,26 +1117,18 @@ def test_a_full_memory_inside_the_first_update_leaves_a_run_that_goes_on(tmp_pat
 
 
 def test_the_report_begins_when_weights_and_optimiser_have_left_the_memory(tmp_path, monkeypatch):
-    made, left, prepare = [], [], train.prepare
-
-    def watched(model, *words):
-        made.append(model)
-        return prepare(model, *words)
-    monkeypatch.setattr(train, "prepare", watched)
-    monkeypatch.setattr(torch.optim.AdamW, "__init__", lambda self, *words, init=
-                        torch.optim.AdamW.__init__, **names: made.append(self) or init(
-                            self, *words, **names))
+    made, left, step = [], [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: made.append(self) or step(self))
     monkeypatch.setattr(scoring, "score_run", lambda *words: left.append(
-        sum(map(torch.numel, made[0].parameters())) + len(made[1].state)))
+        sum(map(torch.numel, made[0].param_groups[0]["params"])) + len(made[0].state)))
     learn(tmp_path / "run", "--steps", 1)
     assert left == [0]
 
 
-def test_beams_bound_a_batch_of_short_texts_and_a_batch_may_not_be_shared_by_more(
-        monkeypatch, capsys):
+def test_beams_bound_a_batch_and_each_process_has_a_row_of_it(monkeypatch, capsys):
     args = argparse.Namespace(num_beams=4, max_source=99)
     texts, device = ["a" * 31] * 300, torch.device("cpu")
-    assert [len(mask) for *_, mask in scoring.in_batches(texts, Letters(), args, device)] == [
+    assert [len(mask) for *_, mask in scoring.in_batches(texts, LETTERS, args, device)] == [
         25] * 12  # 100 beams; 8,192 source tokens would be 256 texts
     monkeypatch.setenv("WORLD_SIZE", "4")
     for flag in ("--batch-size", "--reg-batch"):
@@ -1230,9 +1138,8 @@ def test_beams_bound_a_batch_of_short_texts_and_a_batch_may_not_be_shared_by_mor
 def test_a_full_disk_gives_one_line_and_keeps_the_last_checkpoint(tmp_path):
     limited = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (10**7, 10**7)); " \
               "import train; train.main(sys.argv[1:])"  # last.pt with AdamW's state is larger
-    finished = script("-c", limited, *SMALL, "--out", tmp_path / "run")
-    fails_in_one_line(finished.returncode, finished.stderr, "last.pt: could not be written",
-                      "make room")
+    finished = script("-c", limited, *SMALL, "--out", tmp_path / "run", code=2)
+    fails_in_one_line(2, finished.stderr, "last.pt: could not be written", "make room")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"args.json", "log.jsonl", "last.pt", "step_000000.pt", "step_000002.pt"}
     assert read_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
@@ -1244,7 +1151,6 @@ def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(tmp_path):
     learn(tmp_path / "one", *same)
     finished = script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
                       "train.py", *SMALL, *same, "--out", tmp_path / "two")
-    assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("mean of de ru") == 1  # one process reports
     one, two = (rows(tmp_path / name, "eval") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):  # up to how the means are taken
@@ -1254,7 +1160,6 @@ def test_two_processes_learn_as_one_and_one_goes_on_where_two_stopped(tmp_path):
 
 
 # model.py: conversion from and to the hub's folders -----------------------------------------------
-
 FORMS = ["pytorch_model.bin", "model.safetensors", "pytorch_model-{}-of-2.bin",
          "model-{}-of-2.safetensors"]
 BESIDE = ["pytorch_model.fp16.bin", "pytorch_model.bin", "pytorch_model-1-of-3.bin",
@@ -1267,7 +1172,7 @@ def hub(tmp_path, pieces):
     """A function that writes a folder like those of the hub and returns it.
 
     form: the weights' file, {} for the number of a shard; changes to weights, None takes one away;
-    files: {name: JSON value} to write as well; settings of config.json.
+    files: {name: bytes or JSON value} to write as well; settings of config.json.
     """
     weights_of = spread(TINY).state_dict()
     published = {theirs: weights_of[ours] for ours, theirs in mt5.published_names(TINY).items()}
@@ -1278,20 +1183,19 @@ def hub(tmp_path, pieces):
         copies = {} if safe else dict.fromkeys(mt5.ALIASES, published["shared.weight"])
         content = published | copies | dict(weights)
         content = [(name, tensor) for name, tensor in content.items() if tensor is not None]
-        shards, write_shard = (2 if "{}" in form else 1,
-                               safetensors.torch.save_file if safe else torch.save)
-        index = {name: form.format(i % 2 + 1) for i, (name, _) in enumerate(content)}
-        for shard in range(shards):
-            write_shard(dict(content[shard::shards]), folder / form.format(shard + 1))
-        if shards == 2:
-            name = f"{FORMS[safe]}.index.json"
-            (folder / name).write_text(json.dumps({"weight_map": index}))
-        (folder / "spiece.model").write_bytes(pieces)
+        shards = sorted({form.format(1), form.format(2)})  # one, or two
+        for i, name in enumerate(shards):
+            write_shard = safetensors.torch.save_file if safe else torch.save
+            write_shard(dict(content[i::len(shards)]), folder / name)
         settings = {**asdict(TINY), "model_type": "mt5", "feed_forward_proj": "gated-gelu",
                     "tie_word_embeddings": False, "pad_token_id": 0, "eos_token_id": 1,
                     "decoder_start_token_id": 0, **settings}
-        for name, value in {"config.json": settings, **dict(files)}.items():
-            (folder / name).write_text(json.dumps(value))
+        index = {name: shards[i % 2] for i, (name, _) in enumerate(content)} if shards[1:] else {}
+        written = {f"{FORMS[safe]}.index.json": {"weight_map": index}} if index else {}
+        written |= {"config.json": settings, "spiece.model": pieces, **dict(files)}
+        for name, value in written.items():
+            value = value if isinstance(value, bytes) else json.dumps(value).encode()
+            (folder / name).write_bytes(value)
         if missing:
             (folder / missing).unlink()
         return folder
@@ -1301,8 +1205,7 @@ def hub(tmp_path, pieces):
 @pytest.mark.parametrize("form, beside, missing", [
     *((form, beside, None) for form, beside in zip(FORMS, BESIDE)), *((FORMS[i], None, (
         f"{FORMS[i - 2]}.index.json")) for i in (2, 3))])  # shards without an index, of one save
-def test_every_form_of_hub_folder_converts_to_the_same_weights(
-        hub, tmp_path, pieces, form, beside, missing, capsys):
+def test_every_form_of_hub_folder_converts(hub, tmp_path, pieces, form, beside, missing, capsys):
     folder = hub(form, {mt5.STRAY: torch.zeros(32, 4)}, missing=missing, model_type="t5",
                  vocab_size=7, num_heads=99)
     if beside:
@@ -1317,12 +1220,18 @@ def test_every_form_of_hub_folder_converts_to_the_same_weights(
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
-def test_other_precisions_and_a_tied_head_convert_to_what_transformers_loads(hub, tmp_path):
-    weights = {"lm_head.weight": None, "shared.weight": torch.randn(500, 64).half(),
-               Q: torch.randn(64, 64).bfloat16(), Q.replace("q.w", "k.w"): torch.eye(64).double()}
-    folder = hub(FORMS[1], weights, tie_word_embeddings=True)
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_a_tied_head_and_other_precisions_convert_each_to_memory_of_its_own(hub, tmp_path, form):
+    head = torch.randn(500, 64)  # one form has it twice, in the same memory, the other once
+    weights = {"shared.weight": head, "lm_head.weight": head if form == FORMS[0] else None,
+               Q: torch.randn(64, 64).bfloat16(), Q.replace("q.w", "k.w"): torch.eye(64).double(),
+               Q.replace("q.w", "v.w"): torch.randn(64, 64).half(), **dict.fromkeys(mt5.ALIASES)}
+    folder = hub(form, weights, tie_word_embeddings=True)
     convert(folder, tmp_path / "x.pt")
     ours = load(tmp_path / "x.pt")[0]
+    assert ours.embedding.weight.equal(head) and ours.head.weight.equal(head)
+    places = [weight.untyped_storage().data_ptr() for weight in ours.parameters()]
+    assert len(set(places)) == len(places)
     theirs = transformers.MT5ForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -1330,15 +1239,10 @@ def test_other_precisions_and_a_tied_head_convert_to_what_transformers_loads(hub
         assert ours(*batch()).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS[:2])
-def test_each_weight_has_memory_of_its_own_whatever_shares_it_in_the_file(hub, tmp_path, form):
-    head = torch.randn(500, 64)  # safetensors leaves the copy out
-    convert(hub(form, {"shared.weight": head, "lm_head.weight": head if form == FORMS[0] else None,
-                       mt5.ALIASES[0]: None, mt5.ALIASES[1]: None}, tie_word_embeddings=True),
-            tmp_path / "x.pt")
-    weights = list(load(tmp_path / "x.pt")[0].parameters())
-    assert sum(weight.equal(head) for weight in weights) == 2
-    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == len(weights)
+def damaged(count, offsets, more):
+    """Return a safetensors file of 16 bytes; more: what is wrong in the header's length."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [count], "data_offsets": offsets}}).encode()
+    return (len(header) + more).to_bytes(8, "little") + header + bytes(16)
 
 
 REFUSED = [  # what hub() is given, what the message says
@@ -1347,9 +1251,9 @@ REFUSED = [  # what hub() is given, what the message says
         "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": 1,
         "forced_bos_token_id": None}.items()),
     (dict(files={"generation_config.json": {"eos_token_id": 2}}), "generation_config"),
-    (dict(files={"added_tokens.json": {"<hl>": 500, "<extra_id_0>": 501}}), "found <hl>:"),
+    (dict(files={"added_tokens.json": {"<hl>": 500, "<extra_id_0>": 501}}), "found '<hl>'"),
     (dict(files={"tokenizer_config.json": {"added_tokens_decoder": {
-        "0": {"content": "<pad>"}, "500": {"content": "<sep>"}}}}), "found <sep>:"),
+        "0": {"content": "<pad>"}, "500": {"content": "<sep>"}}}}), "found '<sep>'"),
     (dict(files={"tokenizer.json": {"added_tokens": [{"id": 500, "content": "<hl>"}]}}), "<hl>"),
     (dict(weights={Q: torch.full((64, 64), math.nan)}), f"{Q} has numbers that are not finite"),
     (dict(weights={Q: None}), "layers.1.attention.q.weight"),
@@ -1367,14 +1271,16 @@ REFUSED = [  # what hub() is given, what the message says
     (dict(model_type="t5", tie_word_embeddings=None), "scale_decoder_outputs False"),
     (dict(files={"tokenizer_config.json": {"added_tokens_decoder": None}}), "added tokens as obj"),
     (dict(files={"tokenizer.json": {"added_tokens": ["<hl>"]}}), "expected added tokens as obj"),
-    (dict(files={"tokenizer.json": {"added_tokens": [{"content": "\n"}]}}), "found \\n:"),
+    (dict(files={"tokenizer.json": {"added_tokens": [{"content": "\n"}]}}), "found '\\n'"),
     *((dict(files={name: "version https://git-lfs.github.com/spec/v1"}), "git lfs pull")
       for name in ("pytorch_model.bin", "spiece.model")),
     (dict(form=FORMS[2], missing="pytorch_model-2-of-2.bin"), "pytorch_model-2-of-2.bin"),
     (dict(form=FORMS[2], files={"pytorch_model-1-of-3.bin": 0},
           missing="pytorch_model.bin.index.json"), "shards and their index"),
     (dict(form=FORMS[2], files={"pytorch_model.bin.index.json": {}}), "an index of shards"),
-]
+    *((dict(form=FORMS[1], files={FORMS[1]: damaged(*numbers)}), f"{FORMS[1]}: expected weights")
+      for numbers in ((4, [0, 20], 0), (5, [0, 20], 0), (4, [-16, 16], 0), (3, [0, 16], 0),
+                      (4, [0, 16], 99)))]
 
 
 @pytest.mark.parametrize("form, words", REFUSED, ids=[words for _, words in REFUSED])
@@ -1384,17 +1290,7 @@ def test_what_would_give_other_outputs_is_refused_by_name(hub, tmp_path, form, w
     assert not (tmp_path / "x.pt").exists()
 
 
-@pytest.mark.parametrize("count, offsets, more", [  # of 16 bytes; more: in the header's length
-    (4, [0, 20], 0), (5, [0, 20], 0), (4, [-16, 16], 0), (3, [0, 16], 0), (4, [0, 16], 99)])
-def test_damaged_safetensors_are_refused_in_one_line(hub, tmp_path, capsys, count, offsets, more):
-    path = hub(FORMS[1]) / FORMS[1]
-    header = json.dumps({"a": {"dtype": "F32", "shape": [count], "data_offsets": offsets}}).encode()
-    path.write_bytes((len(header) + more).to_bytes(8, "little") + header + bytes(16))
-    refuses(capsys, ["model.py: ", FORMS[1]], mt5.main,
-            ["convert", str(path.parent), str(tmp_path / "x.pt")])
-
-
-def test_an_exported_folder_gives_the_same_logits_and_ids_in_transformers(tmp_path, pieces):
+def test_an_exported_folder_gives_the_same_logits_and_ids_or_no_ids_at_all(tmp_path, pieces):
     tokenizer, model = Tokenizer(pieces), spread(replace(TINY, dropout_rate=0.2))
     save(tmp_path / "x.pt", model, tokenizer)
     folder = tmp_path / "deep" / "folder"
@@ -1412,13 +1308,9 @@ def test_an_exported_folder_gives_the_same_logits_and_ids_in_transformers(tmp_pa
     assert (folder / "tokenizer.json").exists()
     convert(folder, tmp_path / "y.pt")
     assert load(tmp_path / "y.pt")[0].config == model.config
-
-
-def test_a_vocabulary_of_byte_pairs_is_not_exported(tmp_path):
     finished = script("model.py", "export", scoring.TOY_BASE, tmp_path / "toy")
-    assert "no tokenizer is written" in finished.stdout, finished.stderr
-    assert {path.name for path in (tmp_path / "toy").iterdir()} == {
-        "config.json", "pytorch_model.bin"}
+    assert "no tokenizer is written" in finished.stdout, "a vocabulary of byte pairs"
+    assert len(list((tmp_path / "toy").iterdir())) == 2, "config.json, pytorch_model.bin alone"
     with pytest.raises(ValueError, match="toy: expected an empty or a new folder, found config"):
         export(scoring.TOY_BASE, tmp_path / "toy")  # what lies there might be read instead
 
@@ -1444,19 +1336,14 @@ def test_trimming_keeps_segmentation_states_and_scores(hub, tmp_path):
 
 
 # select.py beside Python's own select, and the README's commands ----------------------------------
-
 @pytest.mark.parametrize("code", [
     "import torch", "import selectors, subprocess, torch; selectors.DefaultSelector().select(0)",
     "import select; assert not hasattr(select, 'show'); select.select([], [], [], 0)",
-    *["from concurrent.futures import ThreadPoolExecutor\n"  # many threads import it at once
-      "from threading import Barrier\n"
-      "together = Barrier(8)\n"
-      "for result in ThreadPoolExecutor(8).map(\n"
-      "        lambda _: (together.wait(), __import__('select').select), range(8)):\n"
-      "    result"] * 3])
+    *["import concurrent.futures, threading; together = threading.Barrier(8)\n"  # all at once
+      "def own(_): return together.wait(), __import__('select').select\n"
+      "list(concurrent.futures.ThreadPoolExecutor(8).map(own, range(8)))"] * 3])
 def test_python_finds_its_own_select_from_this_folder(code):
-    finished = script("-c", code)
-    assert finished.returncode == 0, finished.stderr
+    script("-c", code)
 
 
 def shape(text):
@@ -1472,13 +1359,11 @@ def test_the_two_commands_of_the_readme_print_what_it_shows(tmp_path):
                            (f"select.py {out}",)):
         shown = next(after for before, after in zip(blocks, blocks[1:]) if command in before)
         finished = script(*command.replace(out, str(tmp_path / "run")).split(), *more)
-        assert finished.returncode == 0, finished.stderr
         found = finished.stdout.replace(str(tmp_path / "run"), out)
         assert shape(found) == shape(shown), f"README, {command}: expected what it prints, {found}"
 
 
 # lab/ ---------------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("x, y, rho", [
     ([1, 2, 3, 4], [10, 20, 30, 40], 1), ([1, 2, 3, 4], [4, 3, 2, 1], -1),
     ([1, 2, 3, 4, 5], [2, 1, 4, 3, 5], 0.8),  # 1 - 6 * 4 / (5 * 24)
@@ -1516,23 +1401,20 @@ def test_the_claims_of_four_tiny_runs_are_as_worked_by_hand(tmp_path, capsys):
 @pytest.mark.parametrize("words, shown", [
     ("train.py --help", "\\u03bb"), ("select.py RUN", "\\u0142"), (
         "eval.py toy/base.pt --test ru --test-size 1 --parallel en ru --out RUN/x", "\\u0431")])
-def test_a_console_that_cannot_show_a_character_shows_its_escape(
-        monkeypatch, tmp_path, words, shown):
+def test_a_console_shows_what_it_lacks_as_an_escape(monkeypatch, tmp_path, words, shown):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    finished = script(*words.replace("RUN", str(write_run(tmp_path / "ł"))).split())
-    assert finished.returncode == 0 and shown in finished.stdout
+    assert shown in script(*words.replace("RUN", str(write_run(tmp_path / "ł"))).split()).stdout
 
 
 def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     finished = script("lab/claims.py", "lab/results/grid.json", "--plot", tmp_path / "runs.svg")
-    assert finished.returncode == 0, finished.stderr
     first = finished.stdout.split("\n\n")[0].splitlines()
     assert [line[0] for line in first[3:]] == list("1123333333333334")
     assert finished.stdout.count("\n") <= 100 and "<svg" in (tmp_path / "runs.svg").read_text()
 
 
-def test_masked_spans_go_to_the_target_in_order():
+def test_masked_spans_go_to_the_target_in_order_and_random_ones_cover_the_density():
     source, target = pretrain.mask_spans([10, 11, 12, 13, 14, 15], [(1, 3), (5, 6)], [99, 98, 97])
     assert source == [10, 99, 13, 14, 98, EOS], (
         f"source: expected 99 in place of 11 12, 98 in place of 15, {EOS} (</s>) at the end")
@@ -1540,55 +1422,45 @@ def test_masked_spans_go_to_the_target_in_order():
         f"target: expected 99 before 11 12, 98 before 15, {EOS} (</s>) at the end")
     assert pretrain.mask_spans([10, 11], [(0, 1)], [99, 98]) == ([99, 11, 1], [99, 10, 1]), (
         "a span at the start: expected nothing before its sentinel")
-
-
-@pytest.mark.parametrize("length", [2, 3, 10, 57, 500])
-def test_random_spans_are_disjoint_and_cover_the_density(length):
-    spans = pretrain.random_spans(length, np.random.default_rng(0), density=0.15)
-    masked = [place for start, end in spans for place in range(start, end)]
-    assert masked == sorted(set(masked)) and set(masked) < set(range(length))
-    assert len(masked) == max(1, round(0.15 * length))
+    for length in (2, 3, 10, 57, 500):
+        spans = pretrain.random_spans(length, np.random.default_rng(0), density=0.15)
+        masked = [place for start, end in spans for place in range(start, end)]
+        assert masked == sorted(set(masked)) and set(masked) < set(range(length))
+        assert len(masked) == max(1, round(0.15 * length))
 
 
 def test_pretraining_lowers_the_loss_and_leaves_a_base(tmp_path):
-    finished = script("lab/pretrain.py", "--steps", 8, 4, "--batch-size", 8, "--out",
-                      tmp_path / "base.pt")
-    assert finished.returncode == 0, finished.stderr
+    told = script("lab/pretrain.py", "--steps", 8, 4, "--batch-size", 8,
+                  "--out", tmp_path / "base.pt")
     model, tokenizer = mt5.load(tmp_path / "base.pt")
     assert len(tokenizer) == model.config.vocab_size
-    assert json.loads(finished.stdout)["dev_loss"] < math.log(len(tokenizer)) - 1  # above: a guess
+    assert json.loads(told.stdout)["dev_loss"] < math.log(len(tokenizer)) - 1  # above: a guess
 
 
 @pytest.mark.parametrize("task, given, pair", [
     ("completion", "A man in a red hat sleeps.", ("A man in", "a red hat sleeps.")),
     ("completion", "Two dogs play outside.", None),  # too short to be halved
-    ("keywords", "Ein Mann mit Hut schläft dort.", {"mann", "schläft", "dort", "mit"}),
+    ("keywords", "Ein Mann mit Hut schläft dort.",
+     ("dort schläft mit mann", "Ein Mann mit Hut schläft dort.")),
     ("summary", ["A cat.", "A cat sleeps.", "A black cat sleeps.", "A cat sleeps on a bed.", "Cat"],
      ("A cat sleeps on a bed. A black cat sleeps. A cat sleeps.", "Cat"))])
 def test_a_task_of_captions_is_as_made_by_hand(task, given, pair):
-    found = getattr(captions, task)(given)
-    if task == "keywords":
-        assert found[1] == given and sorted(found[0].split()) == sorted(pair)
-        assert found == captions.keywords(given), "the same order again"
-    else:
-        assert found == pair
+    assert getattr(captions, task)(given) == pair
 
 
-def test_captions_make_a_base_and_the_tasks_of_the_other_pictures(tmp_path):
-    for lang, text in (("en", "A {} dog runs over the green grass."), ("de", "Ein {} Hund rennt."),
-                       ("fr", "Un chien {} court dans l’herbe."), ("cs", "Pes {} běží po trávě.")):
-        for number in range(6):
-            for part in ("train", "val", "test_2016", "test_2016_flickr"):
-                name = f"task2/raw/{part}.{number}" if number else f"task1/raw/{part}"
-                path = tmp_path / "data" / f"{name}.{lang}.gz"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(gzip.compress("".join(
-                    text.format(f"{part} {i}") + "\n" for i in range(12)).encode()))
+def test_captions_make_a_base_and_the_tasks_of_the_other_pictures(tmp_path, capsys):
+    texts = {"en": "A {} dog runs over the green grass.", "de": "Ein {} Hund rennt.",
+             "fr": "Un chien {} court dans l’herbe.", "cs": "Pes {} běží po trávě."}
+    parts = ("train", "val", "test_2016", "test_2016_flickr")
+    for (lang, text), part, number in itertools.product(texts.items(), parts, range(6)):
+        name = f"task2/raw/{part}.{number}" if number else f"task1/raw/{part}"
+        path = tmp_path / "data" / f"{name}.{lang}.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = "".join(text.format(f"{part} {i}") + "\n" for i in range(12))
+        path.write_bytes(gzip.compress(lines.encode()))
     folder = tmp_path / "out"
-    finished = script("lab/captions.py", tmp_path, folder, "--read", 8, "--steps", 4,
-                      "--batch-size", 4)
-    assert finished.returncode == 0, finished.stderr
-    assert set(json.loads(finished.stdout.splitlines()[-1])["right language, %"]) == set(
+    told = script("lab/captions.py", tmp_path, folder, *"--read 8 --steps 4 --batch-size 4".split())
+    assert set(json.loads(told.stdout.splitlines()[-1])["right language, %"]) == set(
         captions.LANGUAGES)
     model, tokenizer = mt5.load(folder / "base.pt")
     assert len(tokenizer) == model.config.vocab_size
@@ -1596,5 +1468,4 @@ def test_captions_make_a_base_and_the_tasks_of_the_other_pictures(tmp_path):
     assert [target for _, target in pairs] == [
         f"Un chien train {i} court dans l’herbe." for i in range(8, 12)], "not those it has read"
     assert len(list(folder.glob("*.jsonl"))) == 3 * (4 + 4 + 2)
-    finished = script("lab/captions.py", tmp_path / "none", folder)
-    fails_in_one_line(finished.returncode, finished.stderr, "a clone of Multi30k")
+    refuses(capsys, ["a clone of Multi30k"], captions.main, [str(tmp_path / "none"), str(folder)])
