@@ -822,7 +822,7 @@ def test_training_twice_gives_the_same_bytes_also_from_files_with_crlf(three_wor
 def test_the_shipped_table_is_small_and_knows_100_languages_by_iso_code():
     languages = scoring.identifier().languages
     assert scoring.LID.stat().st_size <= 8e6 and len(languages) >= 100
-    assert set(identifier.LANGUAGES.values()) == set(languages)
+    assert {x.split("/")[0] for x in identifier.LANGUAGES.values()} == set(languages)
 
 
 def test_a_table_that_is_missing_or_damaged_is_refused_in_one_line(three_words):

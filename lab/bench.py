@@ -1,7 +1,7 @@
-"""Prints how fast the project is: a step and generation beside transformers', and the metrics.
+"""Prints how fast the project is beside transformers, and ROUGE-L beside rouge_score.
 
     python lab/bench.py step generate     # mT5-small's shape, both libraries by turns: 7 minutes
-    python lab/bench.py score             # metrics: 1 minute
+    python lab/bench.py score             # ROUGE-L: 10 seconds
 
 Batches are those that training draws from the toy's summaries; the embedding and the head
 have mT5's 250,112 rows. Medians of --repeats, and the ratio of times taken side by side. Needs
@@ -52,18 +52,18 @@ def rivals():
     return ours, theirs
 
 
-def batches():
-    """Yield (input_ids, mask, labels) as train.py does."""
+def batches(count):
+    """Return the first count of train.py's batches, each (input_ids, mask, labels)."""
     args = train.parse_args(["--task", "summary", "--batch-size", str(PAIRS)])
-    _, tokenizer = load(args.init)
-    return data.batches(data.load_texts(args).train, tokenizer, args)
+    _, tokenizer = load(scoring.TOY_BASE)
+    return itertools.islice(data.batches(data.load_texts(args).train, tokenizer, args), count)
 
 
 def bench_step(repeats):
     """A training step, without and with AdamW's update."""
     ours, theirs = rivals()
     for update, label in ((False, ""), (True, ", with AdamW")):
-        compare(f"step of {PAIRS} pairs{label}, s", repeats,
+        compare(f"step of {PAIRS} pairs{label}", batches(1 + repeats),
                 training_step(ours, ours, update),
                 training_step(theirs, lambda ids, mask, labels: theirs(
                     input_ids=ids, attention_mask=mask, labels=labels).loss, update))
@@ -86,47 +86,32 @@ def bench_generate(repeats):
     """Generation of at most 32 tokens."""
     ours, theirs = (model.eval() for model in rivals())
     for beams in (1, 4):
-        compare(f"generation, {beams} beam{'s' * (beams > 1)}, s", repeats,
+        compare(f"generation for {PAIRS} texts, beams {beams}", batches(1 + repeats),
                 lambda ids, mask, _, beams=beams: ours.generate(ids, mask, 32, beams),
                 lambda ids, mask, _, beams=beams: theirs.generate(
                     input_ids=ids, attention_mask=mask, max_new_tokens=32, num_beams=beams,
                     do_sample=False))
 
 
-def compare(figure, repeats, *functions):
-    """Print the median times of two functions of a batch, by turns, and their ratio."""
-    times = [], []
-    for batch in itertools.islice(batches(), repeats + 1):  # the first warms up
-        for taken, function in zip(times, functions):
-            taken.append(timeit.timeit(functools.partial(function, *batch), number=1))
-    ours, theirs = (taken[1:] for taken in times)
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    print(f"{figure}: {statistics.median(ours):.2f}, transformers {statistics.median(theirs):.2f}; "
-          f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
-
-
 def bench_score(repeats):
-    """ROUGE-L beside rouge_score, and texts identified a second, on the toy's titles, summaries."""
-    stories = [data.tell(story, "en") for story in data.stories("train", 5000)]
+    """ROUGE-L of 5,000 of the toy's titles, and of its summaries, beside rouge_score."""
+    told = [data.tell(story, "en") for story in data.stories("train", 5000)]
+    scorer = RougeScorer(["rougeL"])
     for task in ("title", "summary"):
-        time_metrics(task, [told[task][0] for told in stories], repeats)
+        texts = [answers[task][0] for answers in told]
+        compare(f"ROUGE-L, {task}", [(texts, texts[1:] + texts[:1])] * (1 + repeats),
+                scoring.rouge_l,
+                lambda outputs, references: list(map(scorer.score, references, outputs)))
 
 
-def time_metrics(task, texts, repeats):
-    """Print how many texts a second the metrics take, each repeat side by side."""
-    others = texts[1:] + texts[:1]
-    scorer, identifier = RougeScorer(["rougeL"]), scoring.identifier()
-    functions = {"ROUGE-L": lambda: scoring.rouge_l(texts, others),
-                 "rouge_score": lambda: [scorer.score(*pair) for pair in zip(others, texts)],
-                 "identified": lambda: identifier.predict(texts),
-                 "mixed": lambda: identifier.mixed(texts, "de", "en")}
-    taken = [[timeit.timeit(function, number=1) for function in functions.values()]
-             for _ in range(repeats)]
-    for name, times in zip(functions, zip(*taken)):
-        print(f"{task}, {name}: {len(texts) / statistics.median(times):,.0f} a second")
-    ratios = [theirs / ours for ours, theirs, *_ in taken]
-    print(f"{task}, ROUGE-L beside rouge_score: {statistics.median(ratios):.2f} times as fast "
-          f"({min(ratios):.2f} to {max(ratios):.2f})")
+def compare(figure, inputs, *functions):
+    """Print the median times of ours and another's function, by turns, and their ratio."""
+    times = [[timeit.timeit(functools.partial(function, *given), number=1)
+              for function in functions] for given in inputs][1:]  # the first warms up
+    ours, theirs = map(statistics.median, zip(*times))
+    ratios = [theirs / ours for ours, theirs in times]
+    print(f"{figure}: {ours:.3g} s, the other library {theirs:.3g} s; ratio "
+          f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})", flush=True)
 
 
 if __name__ == "__main__":
