@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # before torch; train.py says why
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's folder
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # the project's folder
 
 import numpy as np
 import sentencepiece
