@@ -141,7 +141,10 @@ def questions(path):
 
 
 def word_pairs(texts):
-    """Return the third and fourth word of each text, or characters 3 to 6 of one without spaces."""
+    """Return the third and fourth word of each text, where they have six letters or more.
+
+    Characters 3 to 6 of a text without spaces.
+    """
     pairs = [" ".join(text.split()[2:4]) if " " in text else text[2:6] for text in texts]
     return [pair for pair in pairs if " " not in pair or sum(map(str.isalpha, pair)) >= 6]
 
