@@ -458,8 +458,8 @@ def score_run(folder, tests, held_out, args, device, autocast):
 
     tests: {language: pairs}; held_out: {language: sentences}, aligned, for XLRS. For a run of the
     toy world with the settings in SHIPPED the shipped scores stand around them: of the usual way,
-    `--reg 0` and the checkpoint that is best on the source; and of fine-tuning in the target
-    language itself.
+    `--reg 0` and the checkpoint that is best on the source, also at a lower rate; and of
+    fine-tuning in the target language itself.
     """
     step = read_json(folder / "selected.json")["step"]
     base, ours = (score_checkpoint(folder / f"step_{number:06d}.pt", tests, held_out, args, device,
@@ -468,8 +468,8 @@ def score_run(folder, tests, held_out, args, device, autocast):
     shipped = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
     alike = all(getattr(args, name) == value for name, value in SHIPPED.items())
     if alike and "=" not in f"{args.test} {args.parallel}" and shipped.exists():
-        usual, upper = read_json(shipped).values()
-        systems = {"base": base, "usual way": usual, "this run": ours, "upper bound": upper}
+        usual, low, upper = read_json(shipped).items()
+        systems = dict([("base", base), usual, low, ("this run", ours), upper])
     report(systems, "this run", tests, args, step, Path(args.out or folder))
 
 
@@ -505,10 +505,10 @@ def report(systems, ours, tests, args, step, folder):
               [f"mean of {' '.join(targets)}", *COLUMNS])
         for title, (lang, place) in examples(systems, targets, data.languages(args)).items():
             text, reference = tests[lang][place]
-            print(f"\n{title}, {lang}: {text[:300]}\nreference    {reference[:300]}")
+            print(f"\n{title}, {lang}: {text[:300]}\n{'reference':16} {reference[:300]}")
             for name, system in systems.items():
                 if name != "base" and lang in system["outputs"]:
-                    print(f"{name:12} {system['outputs'][lang][place][:300]}")
+                    print(f"{name:16} {system['outputs'][lang][place][:300]}")
     print(f"\nWritten to {folder}")
 
 

@@ -11,12 +11,11 @@ captions, or a model that was trained on them.
 """
 
 import argparse
-import gzip
+import itertools
 import json
 import random
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pretrain  # it sets what must be set before torch, and the path to our files
@@ -33,39 +32,27 @@ PARALLEL = 600  # lines of `val` to measure XLRS on and to regularise; the other
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        captions, descriptions = read_captions(args.multi30k), read_descriptions(args.multi30k)
-    except OSError as error:
-        print(f"captions.py: {error}: expected a clone of Multi30k", file=sys.stderr)
-        raise SystemExit(2) from None
+    captions, descriptions = {}, {}
+    for part, one, two in (("train", "train", "train"), ("val", "val", "val"),
+                           ("test", "test_2016_flickr", "test_2016")):
+        captions[part] = {lang: read(args.multi30k / f"data/task1/raw/{one}.{lang}.gz")
+                          for lang in LANGUAGES}
+        descriptions[part] = {lang: list(zip(*(
+            read(args.multi30k / f"data/task2/raw/{two}.{i}.{lang}.gz") for i in range(1, 6))))
+            for lang in ("en", "de")}
     args.folder.mkdir(parents=True, exist_ok=True)
     write_tasks(captions, descriptions, args)
     make_base(captions, descriptions, args)
 
 
-# The captions: {part: {language: [caption, …]}}, parallel by line; and of the same pictures, but
-# independent of each other, {part: {language: [five descriptions, …]}}.
-
-def read_captions(folder):
-    """Return the captions that were translated from English, task 1 of Multi30k."""
-    parts = {"train": "train", "val": "val", "test": "test_2016_flickr"}
-    return {part: {lang: read(folder / f"data/task1/raw/{name}.{lang}.gz") for lang in LANGUAGES}
-            for part, name in parts.items()}
-
-
-def read_descriptions(folder):
-    """Return the independent descriptions, task 2 of Multi30k."""
-    parts = {"train": "train", "val": "val", "test": "test_2016"}
-    return {part: {lang: list(zip(*(read(folder / f"data/task2/raw/{name}.{i}.{lang}.gz")
-                                    for i in range(1, 6)))) for lang in ("en", "de")}
-            for part, name in parts.items()}
-
-
 def read(path):
-    """Return the lines of a packed text file, single spaces between words."""
-    with gzip.open(path, "rt", encoding="utf-8", newline="\n") as file:
-        return [" ".join(line.split()) for line in file]
+    """Return the lines of a text file, single spaces between words."""
+    return [" ".join(line.split()) for line in data.each_line(path)]
 
+
+# What follows takes captions, {part: {language: [caption, …]}}, aligned by line, which were
+# translated from English; and descriptions, {part: {language: [five descriptions, …]}}, of the
+# same pictures, but independent of each other.
 
 # Tasks: functions of what is known of a picture in one language to (source, target), or None.
 
@@ -113,18 +100,15 @@ def make_base(captions, descriptions, args):
     """Pre-train a small mT5 on what is read; print measurements; save it."""
     torch.manual_seed(args.seed)
     read = {lang: texts[:args.read] for lang, texts in captions["train"].items()}
-    tokenizer = pretrain.train_tokenizer((text for texts in read.values() for text in texts),
-                                         vocab_size=4000, model_type="unigram")
+    tokenizer = pretrain.train_tokenizer(itertools.chain(*read.values()), 4000, "unigram")
 
     def encode(texts):
         return [tokenizer.encode(text)[:-1] for text in texts]
 
-    seen = SimpleNamespace(
-        captions={lang: encode(texts) for lang, texts in read.items()},
-        descriptions={lang: [encode(five) for five in pictures[:args.read]]
-                      for lang, pictures in descriptions["train"].items()})
-    val = SimpleNamespace(captions={lang: encode(texts) for lang, texts in captions["val"].items()},
-                          descriptions={})
+    seen = ({lang: encode(texts) for lang, texts in read.items()},
+            {lang: [encode(five) for five in pictures[:args.read]]
+             for lang, pictures in descriptions["train"].items()})
+    val = {lang: encode(texts) for lang, texts in captions["val"].items()}
     model = MT5(MT5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2,
                           num_decoder_layers=2, num_heads=4))
     pretrain.copy_at_first(model)
@@ -132,13 +116,13 @@ def make_base(captions, descriptions, args):
 
     def draw(group, count):
         rng = np.random.default_rng([args.seed, group])
-        return [example(seen, rng, tokenizer.sentinels) for _ in range(count)]
+        return [example(*seen, rng, tokenizer.sentinels) for _ in range(count)]
 
     rng = np.random.default_rng([args.seed, pretrain.UNSEEN])
-    unseen = [example(val, rng, tokenizer.sentinels, page_is_target=0) for _ in range(512)]
+    unseen = [example(val, {}, rng, tokenizer.sentinels, page_is_target=0) for _ in range(512)]
     pretrain.learn(model, tokenizer, draw, unseen, captions["val"], args)
     print(json.dumps({"right language, %": {
-        lang: fills_in_its_language(model, tokenizer, lang, val.captions[lang][-200:], rng)
+        lang: fills_in_its_language(model, tokenizer, lang, val[lang][-200:], rng)
         for lang in LANGUAGES}}))
 
 
@@ -157,35 +141,45 @@ def fills_in_its_language(model, tokenizer, lang, captions, rng):
     return 100 * codes.count(lang) / len(codes)
 
 
-def page(texts, rng):
-    """Return a page, [ids of a caption, …].
+def page(captions, descriptions, rng):
+    """Return a page: [(ids of a caption, share of them to mask), …].
 
-    Three of ten pages have a caption in two languages, as in the toy: the web has such pages by
-    accident, we by design (ours). Three have captions of other pictures, each in another language,
-    so that a span's language is its neighbours', not the page's. The others are in one language:
-    one or two captions, or descriptions of the same picture.
+    Half of the pages have a picture's caption in two languages, as in the toy: the web has such
+    pages by accident, we by design (ours). One in ten has two descriptions of a picture in one
+    language. In both one side is whole, to be read, and 30 to 90 % of the other is masked: what
+    stays says in which language to write. One in five has captions of several pictures, each in
+    another language, so that a span's language is its neighbours', not the page's; the others have
+    one caption.
     """
-    kind, count = rng.random(), int(rng.integers(1, 3))
-    picture, *others = (int(i) for i in rng.integers(len(texts.captions["en"]), size=3))
+    kind, heavy = rng.random(), rng.uniform(0.3, 0.9)
+    picture, *others = (int(i) for i in rng.integers(len(captions["en"]), size=3))
     first, *rest = (str(lang) for lang in rng.permutation(LANGUAGES))
-    if kind < 0.3:
-        return [texts.captions[lang][picture] for lang in (first, rest[0])]
-    if kind < 0.6:
-        return [texts.captions[lang][i] for lang, i in zip(rest, [picture, *others][:count + 1])]
-    if first in texts.descriptions and rng.random() < 0.5:
-        return [texts.descriptions[first][picture][i] for i in rng.permutation(5)[:2]]
-    return [texts.captions[first][i] for i in [picture, *others][:count]]
+    if kind < 0.2 and first in descriptions:
+        pair = [descriptions[first][picture][i] for i in rng.permutation(5)[:2]]
+    elif kind < 0.6:
+        pair = [captions[lang][picture] for lang in (first, rest[0])]
+    elif kind < 0.8:
+        count = int(rng.integers(2, 4))
+        return [(captions[lang][i], 0.3) for lang, i in zip(rest, [picture, *others][:count])]
+    else:
+        return [(captions[first][picture], 0.3)]
+    shares = [heavy, 0] if rng.random() < 0.5 else [0, heavy]
+    return list(zip(pair, shares))
 
 
-def example(texts, rng, sentinels, page_is_target=0.5):
-    """Return (source ids, target ids): a page with 30 % of its pieces masked, in short spans.
+def example(captions, descriptions, rng, sentinels, page_is_target=0.5):
+    """Return (source ids, target ids): a page with short spans masked.
 
     Half of the targets are the page itself (BART's denoising: Lewis et al., 2020), which teaches to
-    attend to the source in a minute; the others are mT5's, the spans. As little is masked at once,
-    no page shows a task.
+    attend to the source in a minute; the others are mT5's, the spans.
     """
-    ids = sum(page(texts, rng), [])
-    spans = pretrain.random_spans(len(ids), rng, density=0.3, mean=rng.choice([2., 3., 6.]))
+    ids, spans = [], []
+    for caption, share in page(captions, descriptions, rng):
+        if share and len(caption) > 2:  # a few lines are blank
+            mean = rng.choice([2., 3., 6.])
+            spans += [(len(ids) + a, len(ids) + b)
+                      for a, b in pretrain.random_spans(len(caption), rng, share, mean)]
+        ids = ids + caption
     source, target = pretrain.mask_spans(ids, spans, sentinels)
     return source, ids + [EOS] if rng.random() < page_is_target else target
 
@@ -212,6 +206,8 @@ def parse_args(argv=None):
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
     add("--batch-size", type=int, default=48, metavar="N", help="pages a step")
     args = parser.parse_args(argv)
+    if not (args.multi30k / "data/task1/raw").is_dir():
+        parser.error(f"{args.multi30k}: expected a clone of Multi30k, found no data/task1/raw")
     args.steps, args.out = [args.steps], args.folder / "base.pt"
     return args
 

@@ -219,7 +219,8 @@ def plot(runs, pair, tasks, path):
     for ax, ((x, y), task) in zip(axes.flat, itertools.product(rows, tasks)):
         for name, style in styles.items():
             curves = [run["scores"] for run in runs if (run["task"], run["method"]) == (task, name)]
-            for points in [[*zip(*curves)][x == "dev_loss":]] * bool(curves):  # each step's
+            if curves:
+                points = list(zip(*curves))[x == "dev_loss":]  # a step's rows; the base has no place
                 means, halves = zip(*(mean_and_half(row[y] for row in point) for point in points))
                 places = [scoring.mean(row[x] for row in point) for point in points]
                 ax.errorbar(places, means, halves, markersize=4, linewidth=1.2, elinewidth=0.8,
@@ -398,8 +399,7 @@ def main(argv=None):
         if args.plot:
             plot(runs, pair, tasks, args.plot)
     except (ValueError, OSError, ImportError) as error:
-        print(f"claims.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ toy() {
     done
     for task in $tasks; do
         echo "usual/$task --task $task --eval-size 100"
+        echo "usual/$task-low --task $task --eval-size 100 --lr 1e-4"
         for lang in de es fr ru tr; do
             echo "grid/$task-upper-$lang --task $task --train $lang --test $lang"
         done
@@ -77,7 +78,7 @@ if [ $# = 0 ]; then
 else
     mkdir -p runs/captions
     captions "$1"
-fi | xargs -P 2 -I LINE bash -c 'run LINE'
+fi | xargs -P "${JOBS:-2}" -I LINE bash -c 'run LINE'
 [ $# = 0 ] || exit 0
 
 python - <<'END'
@@ -103,7 +104,8 @@ for task in ("title", "summary", "completion"):
         found = read(path)
         upper["scores"] |= found["scores"]
         upper["outputs"] |= found["outputs"]
-    content = {"usual way": read(Path("runs/usual") / task), "upper bound": upper}
+    content = {"usual way": read(Path("runs/usual") / task),
+               "usual, --lr 1e-4": read(Path(f"runs/usual/{task}-low")), "upper bound": upper}
     Path(f"lab/results/{task}.json").write_text(
         json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 END
