@@ -220,7 +220,7 @@ def plot(runs, pair, tasks, path):
         for name, style in styles.items():
             curves = [run["scores"] for run in runs if (run["task"], run["method"]) == (task, name)]
             if curves:
-                points = list(zip(*curves))[x == "dev_loss":]  # a step's rows; the base has no place
+                points = list(zip(*curves))[x == "dev_loss":]  # by step; without the base
                 means, halves = zip(*(mean_and_half(row[y] for row in point) for point in points))
                 places = [scoring.mean(row[x] for row in point) for point in points]
                 ax.errorbar(places, means, halves, markersize=4, linewidth=1.2, elinewidth=0.8,
