@@ -24,7 +24,7 @@ import torch
 import data
 import eval as scoring
 from data import EOS
-from model import MT5, MT5Config, bucket
+from model import bucket
 
 LANGUAGES = ["en", "de", "fr", "cs"]
 PARALLEL = 600  # lines of `val` to measure XLRS on and to regularise; the others are to develop on
@@ -109,9 +109,7 @@ def make_base(captions, descriptions, args):
             {lang: [encode(five) for five in pictures[:args.read]]
              for lang, pictures in descriptions["train"].items()})
     val = {lang: encode(texts) for lang, texts in captions["val"].items()}
-    model = MT5(MT5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2,
-                          num_decoder_layers=2, num_heads=4))
-    pretrain.copy_at_first(model)
+    model = pretrain.small_model(len(tokenizer))
     look_ahead_at_first(model)
 
     def draw(group, count):

@@ -25,6 +25,7 @@ import numpy as np
 
 import data
 import eval as scoring
+from model import whole
 from xlrs import FLOOR, choose
 
 USUAL = 5e-4  # train.py's learning rate: the name of a method leaves it out
@@ -284,12 +285,9 @@ def read_runs(paths):
     """Return the runs of run folders and of JSON files that --out wrote, `--reg 0` first."""
     runs = []
     for path in map(Path, paths):
-        try:
+        with whole(path, "a run with --dev, --test and --parallel, or what --out wrote"):
             found = [read_folder(path)] if path.is_dir() else json.loads(path.read_text("utf-8"))
             runs += map(judged, found)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: expected a run with --dev, --test and --parallel, or what "
-                             f"--out wrote, found another thing ({error!r})") from None
     return sorted(runs, key=lambda run: (run["task"], len(run["method"]), run["method"]))
 
 

@@ -49,9 +49,7 @@ def main(argv=None):
     parallel = {language: [data.toy_pair(story, language, "title")[0] for story in stories]
                 for language in LANGUAGES}
     tokenizer = train_tokenizer(vocabulary_text(parallel), vocab_size=3200)
-    model = MT5(MT5Config(vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=256, num_layers=2,
-                          num_decoder_layers=2, num_heads=4))
-    copy_at_first(model)
+    model = small_model(len(tokenizer))
 
     def draw(group, count):
         return corruption(group, count, tokenizer, args)
@@ -96,15 +94,18 @@ def schedule(step, phases, warmup=20):
     return min(1.0, step / warmup) * (0.525 + 0.475 * math.cos(math.pi * past))
 
 
-def copy_at_first(model):
-    """Let each attention start as a copier: O = Vᵀ with orthogonal V (ours).
+def small_model(vocab_size):
+    """Return a new MT5 whose attentions start as copiers: O = Vᵀ with orthogonal V (ours).
 
     What a token attends to then arrives unchanged, so that a small model learns to copy sooner.
     """
+    model = MT5(MT5Config(vocab_size, d_model=128, d_kv=32, d_ff=256, num_layers=2,
+                          num_decoder_layers=2, num_heads=4))
     for module in model.modules():
         if hasattr(module, "v"):
             torch.nn.init.orthogonal_(module.v.weight)
             module.o.weight.data.copy_(module.v.weight.T)
+    return model
 
 
 @torch.no_grad()
