@@ -416,7 +416,7 @@ def read_log(folder):
     path = Path(folder) / "log.jsonl"
     lines = path.read_text("utf-8").split("\n") if path.exists() else []
     with whole(path, "a JSON object a line"):
-        return [json.loads(line) for line in lines[:-1]]
+        return [json.loads(line) for line in lines[:-1]]  # the last is empty, or torn off
 
 
 def progress(args, row):
@@ -435,14 +435,15 @@ def progress(args, row):
 
 
 def choose_checkpoint(folder, by=None):
-    """Return the evaluation row of a run's chosen checkpoint; write its step to selected.json.
+    """Return the evaluation row of a run's chosen checkpoint, "xlrs" as one number; write its step
+    to selected.json.
 
     by: "xlrs", or "dev" for the development loss; by default "xlrs" where the run measured it, else
     "dev", else the last. XLRS counts down to the run's floor. The base, step 0, is not on offer: it
     has not learnt the task, and its XLRS may be the lowest.
     """
     args, rows = read_run(folder)
-    if not rows or not rows[-1]["step"]:
+    if not rows or rows[-1]["step"] == 0:
         raise ValueError(f"{folder}: expected a checkpoint, found none yet; go on with --resume")
     by = by or ("xlrs" if "xlrs" in rows[-1] else "dev" if "dev_loss" in rows[-1] else "last")
     offered = [row | {"xlrs": mean(row.get("xlrs", {}).values())} for row in rows if row["step"]]
@@ -468,7 +469,7 @@ def score_run(folder, tests, held_out, args, device, autocast):
     shipped = data.TOY.parent / "lab" / "results" / f"{args.task}.json"
     alike = all(getattr(args, name) == value for name, value in SHIPPED.items())
     if alike and "=" not in f"{args.test} {args.parallel}" and shipped.exists():
-        usual, low, upper = read_json(shipped).items()
+        usual, low, upper = read_json(shipped).items()  # (name, system), as grid.sh wrote them
         systems = dict([("base", base), usual, low, ("this run", ours), upper])
     report(systems, "this run", tests, args, step, Path(args.out or folder))
 
@@ -513,8 +514,9 @@ def report(systems, ours, tests, args, step, folder):
 
 
 def examples(systems, targets, expected):
-    """Return {title: (language, place)} of texts to show: the first whose language is mended, the
-    first whose is not, if there are such; without the usual way to compare with, the first of all.
+    """Return {title: (language, place)} of texts to show, among the first 20 of a language: the
+    first whose language is mended, the first whose is not, if there are such; without the usual way
+    to compare with, the first of all.
     """
     if "usual way" not in systems:
         return {"text": (targets[0], 0)}
@@ -543,7 +545,8 @@ def columns(system, languages):
 
 
 def compare(args):
-    """Print a row a run of args.compare: means over the languages from which none of them learnt.
+    """Print a row a run in args.compare, train.py's folders: means over the languages from which
+    none of them learnt.
 
     Raises ValueError where two are scored on other texts, or measured on other parallel ones.
     """
@@ -552,7 +555,7 @@ def compare(args):
     for folder, found in runs.items():
         if found.get("texts") != runs[args.compare[0]].get("texts"):
             raise ValueError(f"{folder}: expected scores on the texts of {args.compare[0]}")
-    targets = [lang for lang in found["scores"] if lang not in learnt]
+    targets = [lang for lang in found["scores"] if lang not in learnt]  # the same in each
     table([[folder, *columns(found, targets)] for folder, found in runs.items()],
           [f"mean of {' '.join(targets)}", *COLUMNS])
 
@@ -564,8 +567,8 @@ def mean(values):
 
 
 def table(rows, header):
-    """Print rows as an aligned table: text to the left, numbers to the right, XLRS with two
-    decimals, others with one."""
+    """Print rows as an aligned table, all but the first column to the right; numbers that are no
+    text yet get one decimal, XLRS two."""
     cells = [[f"{c:.{1 + (name == 'XLRS')}f}" if isinstance(c, float) else str(c)
               for name, c in zip(header, row)] for row in [header, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells)]
@@ -577,7 +580,7 @@ def table(rows, header):
 # Command line -------------------------------------------------------------------------------------
 
 def positive(text, least=1):
-    """An argparse type: a whole number from 1."""
+    """An argparse type: a whole number from `least`."""
     if not text.isdecimal() or int(text) < least:
         raise argparse.ArgumentTypeError(f"expected a whole number from {least}, found {text:.40}")
     return int(text)
@@ -606,7 +609,7 @@ def add_texts(parser):
 
 def complete(args):
     """Return args with the defaults that depend on whether files were named."""
-    source, in_files = args.train[0].partition("=")[0], "=" in args.train[0] + str(args.test)
+    source, in_files = args.train[0].partition("=")[0], "=" in f"{args.train[0]} {args.test}"
     args.task = args.task or ("files" if in_files else "title")
     if not in_files:
         everywhere = [source, *(lang for lang in data.TOY_LANGUAGES if lang != source)]

@@ -1,4 +1,4 @@
-"""Chooses a checkpoint of a run by the paper's rule, lowest XLRS down to a floor; shows why.
+"""Chooses a checkpoint of a run: lowest XLRS, the paper's rule, down to a floor (ours); shows why.
 
 `python select.py RUN` prints the run's checkpoints with the chosen one marked and writes its step
 to RUN/selected.json.

@@ -1,4 +1,4 @@
-"""Fine-tunes mT5 on one language and watches, or regularises, its representation of others.
+"""Fine-tunes mT5 on one language or more and watches, or regularises, its representation of others.
 
     loss = cross-entropy on the task + λ · max(0, Σ over the other languages of (XLRS − floor))
 
@@ -10,7 +10,8 @@ Shapes: B sentences, S source tokens, T target tokens, L languages, D width.
 import os
 
 # Before torch: threads that wait sleep, or two runs would slow each other more than tenfold; but
-# they look 2,000 times before, or a run that is alone would take half as long again.
+# they look 2,000 times before, or a run that is alone would take half as long again. What the
+# user has set stays.
 os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000", **os.environ}
 
 import argparse
@@ -36,7 +37,7 @@ from xlrs import FLOOR, pool, regulariser
 
 PARTS = ("embedding", "encoder", "decoder", "head")
 FULL = "out of memory|ALLOC_FAILED|allocate memory"  # how devices say that their memory is full
-HELD = contextlib.ExitStack()  # what main() lets go of: a lock on the folder, other processes
+HELD = contextlib.ExitStack()  # what main() lets go of: a lock on the folder, the process group
 MAY_CHANGE = ("steps", "eval_every", "out", "resume", "device", "compile", "recompute")
 
 
@@ -53,17 +54,17 @@ def train(args):
     start = resume(folder, model, optimizer, rank, args.steps) if args.resume else 0
     batches = data.batches(texts.train, tokenizer, args, start)
     parallel_batches = (data.parallel_batches(texts.parallel, tokenizer, args, start)
-                        if args.reg else itertools.repeat([]))
+                        if args.reg else itertools.repeat([]))  # nothing: no term
     try:
         for step in tqdm(range(start, args.steps + 1), desc="training", initial=start,
                          total=args.steps, disable=rank > 0):
-            # Also where it starts: after a full memory last.pt has no measurement yet.
+            # step: updates done. Also at start: a last.pt of a full memory has no measurement yet.
             if rank == 0 and (step % args.eval_every == 0 or step in (start, args.steps)):
                 save(folder / f"step_{step:06d}.pt", model, tokenizer)
                 log(folder, "eval", step, **measure(model, tokenizer, texts, args, autocast))
                 save_last(folder, model, tokenizer, optimizer, step)
-                told = scoring.progress(args, scoring.read_run(folder)[1][-1])  # the log's last row
-                tqdm.write("  ".join(map(" ".join, told.items())))
+                told = scoring.progress(args, scoring.read_run(folder)[1][-1])  # this measurement
+                tqdm.write("  ".join(f"{name} {text}" for name, text in told.items()))
             if step == args.steps:
                 break  # the last round only measures
             # Dropout, too, depends on seed, step and rank alone.
@@ -84,7 +85,7 @@ def train(args):
             if rank == 0:
                 log(folder, "train", step + 1, loss=loss, term=term, lr=lr)
     except RuntimeError as error:
-        # Not in the first step, in which AdamW's states may be made in part.
+        # Not in a first step: AdamW makes its states there, and last.pt would get some of them.
         if rank == 0 and step > start and re.search(FULL, str(error)):
             save_last(folder, model, tokenizer, optimizer, step)
         raise
@@ -92,7 +93,7 @@ def train(args):
     for weight in model.parameters():
         weight.data = weight.new_empty(0)  # memory for the models that the report loads
     if rank == 0:
-        scoring.choose_checkpoint(folder)  # the lowest XLRS, down to the floor; never the base
+        scoring.choose_checkpoint(folder)  # by XLRS, else dev loss, else the last; never the base
         if texts.test:
             scoring.score_run(folder, texts.test, texts.held_out, args, device, autocast)
 
@@ -108,7 +109,7 @@ def objective(model, batch, parallel, floor):
         return loss, torch.zeros_like(loss)
     input_ids, mask = (tensor.flatten(0, 1) for tensor in parallel)  # (B * L, S)
     pooled = pool(model.encode(input_ids, mask), mask).unflatten(0, parallel[0].shape[:2])
-    return loss, regulariser(pooled.transpose(0, 1), floor)  # pooled (B, L, D)
+    return loss, regulariser(pooled.transpose(0, 1), floor)  # of (B, L, D) as (L, B, D)
 
 
 def measure(model, tokenizer, texts, args, autocast):
@@ -129,14 +130,14 @@ def measure(model, tokenizer, texts, args, autocast):
 
 
 def prepare(model, args, device, processes):
-    """Return (what the loss calls: model, or the same in several processes; what is to learn)."""
+    """Return (what the loss calls: the model, or DDP around it; the weights that learn)."""
     model.to(device).train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout) and args.dropout is not None:
             module.p = args.dropout
     for part in args.freeze:
         getattr(model, part).requires_grad_(False)
-    if args.recompute:  # activations in the backward pass, instead of keeping them
+    if args.recompute:  # compute activations again in the backward pass instead of keeping them
         for layer in (*model.encoder.layers, *model.decoder.layers):
             layer.forward = functools.partial(recompute, layer.forward, use_reentrant=False)
     if args.compile:
@@ -144,7 +145,7 @@ def prepare(model, args, device, processes):
     learner = model
     if processes > 1:
         learner = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-        learner.encode = model.encode  # one backward pass: a weight's gradients go together
+        learner.encode = model.encode  # past DDP: it waits until both parts' gradients are summed
     return learner, [weight for weight in model.parameters() if weight.requires_grad]
 
 
@@ -166,18 +167,20 @@ def join_processes():
 
 
 # The run's folder: args.json, log.jsonl, step_NNNNNN.pt at each measurement, and last.pt, from
-# which --resume goes on. What is random in a step depends on --seed, the step and the rank alone:
-# on the same CPU a run that was stopped ends with the bytes of an unbroken one. A GPU sums the
-# loss's gradient in no fixed order (index_add_), so that there no two runs are quite the same.
+# which --resume goes on. What is random in a step depends on --seed, the step, the rank and the
+# number of processes alone: on the same CPU a run that was stopped ends with the weights of an
+# unbroken one, bit for bit. A GPU sums the loss's gradient in no fixed order (index_add_), so that
+# there no two runs are quite the same.
 
 def claim_folder(args, rank):
-    """Return the run's folder with its arguments in it; ValueError where it has another run's.
+    """Return the run's folder with its arguments in it; ValueError where it has a run's already.
 
-    Other processes are kept out of it until main() or this process ends, by a kill too.
+    To --resume with the same arguments goes on. No other train.py can claim the folder until main()
+    or this process ends, by a kill too. Only the first process claims; others but read it.
     """
     name = f"runs/{args.task}-{'-'.join(data.files_by_language(args.train))}-reg{args.reg:g}"
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    folder = Path(args.out or next(name for name in names if not Path(name).exists()))
+    folder = Path(args.out or next(path for path in names if not Path(path).exists()))
     if rank > 0:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -193,8 +196,8 @@ def claim_folder(args, rank):
         if not args.resume:
             raise ValueError(f"{folder}: holds a run already; add --resume, or name another --out")
         old = vars(scoring.read_run(folder)[0])
-        changed = [f"{name} was {old.get(name)!s:.60}, is {value!s:.60}" for name, value
-                   in vars(args).items() if name not in MAY_CHANGE and old.get(name) != value]
+        changed = [f"{flag} was {old.get(flag)!s:.60}, is {value!s:.60}" for flag, value
+                   in vars(args).items() if flag not in MAY_CHANGE and old.get(flag) != value]
         if changed:
             raise ValueError(f"{folder}: expected the run's arguments, but {'; '.join(changed)}")
     content = {"arguments": vars(args), "torch": torch.__version__}
@@ -205,7 +208,8 @@ def claim_folder(args, rank):
 def resume(folder, model, optimizer, rank, steps):
     """Return how many steps the run in the folder has finished, after going back to the last.
 
-    What the log says of later steps is removed. A run without a checkpoint begins anew.
+    Log rows of later steps are removed, and this step's measurement, which is made again. A run
+    without a checkpoint begins anew.
     """
     finished = 0
     if (folder / "last.pt").exists():
@@ -285,9 +289,9 @@ def main(argv=None):
     except RuntimeError as error:
         if not re.search(FULL, str(error)):
             raise
-        message = ("the device's memory is full: go on from the last step with --out, --resume and "
-                   "--recompute; or start anew with a smaller --batch-size, --reg-batch or "
-                   "--eval-size, or after model.py convert --trim")
+        message = ("the device's memory is full: go on with --out, --resume and --recompute; or "
+                   "start anew with a smaller --batch-size, --reg-batch or --eval-size, or after "
+                   "model.py convert --trim")
     print(f"train.py: {message}", file=sys.stderr)
     raise SystemExit(2)
 

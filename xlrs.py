@@ -1,4 +1,4 @@
-"""The paper as functions: similarity, XLRS, regulariser, checkpoint rule.
+"""The paper's measure and checkpoint rule, and a regulariser after it, as functions.
 
 XLRS is Cross-Lingual Representation Similarity: how alike a model's encoder represents sentences
 and their translations.
@@ -34,9 +34,9 @@ def pool(states, mask):
 
 
 def similarity(a, b):
-    """Return the cosine of each pair of sentence vectors, (B,), in [-1, 1] (ours).
+    """Return the cosine of each pair of sentence vectors, (…, B), in [-1, 1] (ours).
 
-    XLRS is the mean of this over the pairs of a parallel text, and then over language pairs.
+    XLRS is the mean of this over the pairs of a parallel text.
     a, b (…, B, D), one may broadcast: the same sentences in two languages. In float32 whatever the
     model's precision.
     """
