@@ -454,7 +454,7 @@ def whole(path, expected):
 EXPECTED = {"model_type": ["mt5", "t5"], "feed_forward_proj": ["gated-gelu"],
             "dense_act_fn": ["gelu_new", "gelu_pytorch_tanh"], "pad_token_id": [PAD],
             "decoder_start_token_id": [PAD], "eos_token_id": [EOS, [EOS]],
-            "forced_bos_token_id": [None], "scale_decoder_outputs": [False]}
+            "forced_bos_token_id": [None], "scale_decoder_outputs": [False], "is_gated_act": [True]}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ALIASES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # of shared.weight
 STRAY = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"  # never used

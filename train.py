@@ -192,9 +192,9 @@ def claim_folder(args, rank):
         raise ValueError(f"{folder}: another process is at work on this run; let it end") from None
     except (ImportError, OSError) as error:
         print(f"{folder} cannot be locked ({error}): do not resume a run that is going on")
-    if (folder / "args.json").exists():
+    if any(folder.iterdir()):
         if not args.resume:
-            raise ValueError(f"{folder}: holds a run already; add --resume, or name another --out")
+            raise ValueError(f"{folder}: holds files already; add --resume, or name another --out")
         old = vars(scoring.read_run(folder)[0])
         changed = [f"{flag} was {old.get(flag)!s:.60}, is {value!s:.60}" for flag, value
                    in vars(args).items() if flag not in MAY_CHANGE and old.get(flag) != value]

@@ -24,7 +24,6 @@ import torch
 import data
 import eval as scoring
 from data import EOS
-from model import bucket
 
 LANGUAGES = ["en", "de", "fr", "cs"]
 PARALLEL = 600  # lines of `val` to measure XLRS on and to regularise; the others are to develop on
@@ -110,7 +109,6 @@ def make_base(captions, descriptions, args):
              for lang, pictures in descriptions["train"].items()})
     val = {lang: encode(texts) for lang, texts in captions["val"].items()}
     model = pretrain.small_model(len(tokenizer))
-    look_ahead_at_first(model)
 
     def draw(group, count):
         rng = np.random.default_rng([args.seed, group])
@@ -140,55 +138,35 @@ def fills_in_its_language(model, tokenizer, lang, captions, rng):
 
 
 def page(captions, descriptions, rng):
-    """Return a page: [(ids of a caption, share of them to mask), …].
+    """Return a page, [ids of a caption, …].
 
-    Half of the pages have a picture's caption in two languages, as in the toy: the web has such
-    pages by accident, we by design (ours). One in ten has two descriptions of a picture in one
-    language. In both one side is whole, to be read, and 30 to 90 % of the other is masked: what
-    stays says in which language to write. One in five has captions of several pictures, each in
-    another language, so that a span's language is its neighbours', not the page's; the others have
-    one caption.
+    One in five has a picture's caption in two languages, as in the toy: the web has such pages by
+    accident, we by design (ours). Two in five have captions of two or three pictures, each in
+    another language, so that a span's language is its neighbours', not the page's. The others are
+    in one language: one or two captions, or two descriptions of a picture.
     """
-    kind, heavy = rng.random(), rng.uniform(0.3, 0.9)
-    picture, *others = (int(i) for i in rng.integers(len(captions["en"]), size=3))
-    first, *rest = (str(lang) for lang in rng.permutation(LANGUAGES))
-    if kind < 0.2 and first in descriptions:
-        pair = [descriptions[first][picture][i] for i in rng.permutation(5)[:2]]
-    elif kind < 0.6:
-        pair = [captions[lang][picture] for lang in (first, rest[0])]
-    elif kind < 0.8:
-        count = int(rng.integers(2, 4))
-        return [(captions[lang][i], 0.3) for lang, i in zip(rest, [picture, *others][:count])]
-    else:
-        return [(captions[first][picture], 0.3)]
-    shares = [heavy, 0] if rng.random() < 0.5 else [0, heavy]
-    return list(zip(pair, shares))
+    kind, count = rng.random(), int(rng.integers(1, 3))
+    pictures = [int(i) for i in rng.integers(len(captions["en"]), size=3)]
+    first, *others = (str(lang) for lang in rng.permutation(LANGUAGES))
+    if kind < 0.2:
+        return [captions[lang][pictures[0]] for lang in (first, others[0])]
+    if kind < 0.6:
+        return [captions[lang][i] for lang, i in zip(others, pictures[:count + 1])]
+    if kind < 0.8 and first in descriptions:
+        return [descriptions[first][pictures[0]][i] for i in rng.permutation(5)[:2]]
+    return [captions[first][i] for i in pictures[:count]]
 
 
 def example(captions, descriptions, rng, sentinels, page_is_target=0.5):
-    """Return (source ids, target ids): a page with short spans masked.
+    """Return (source ids, target ids): a page with 30 % of its pieces masked, in short spans.
 
     Half of the targets are the page itself (BART's denoising: Lewis et al., 2020), which teaches to
-    attend to the source in a minute; the others are mT5's, the spans.
+    attend to the source; the others are mT5's, the spans. No page shows a task.
     """
-    ids, spans = [], []
-    for caption, share in page(captions, descriptions, rng):
-        if share and len(caption) > 2:  # a few lines are blank
-            mean = rng.choice([2., 3., 6.])
-            spans += [(len(ids) + a, len(ids) + b)
-                      for a, b in pretrain.random_spans(len(caption), rng, share, mean)]
-        ids = ids + caption
+    ids = sum(page(captions, descriptions, rng), [])
+    spans = pretrain.random_spans(len(ids), rng, density=0.3, mean=rng.choice([2., 3., 6.]))
     source, target = pretrain.mask_spans(ids, spans, sentinels)
     return source, ids + [EOS] if rng.random() < page_is_target else target
-
-
-@torch.no_grad()
-def look_ahead_at_first(model):
-    """Let an encoder head start by looking at the next token, and the decoder's attention to the
-    source by looking for the token it was fed: together they copy what comes next (ours)."""
-    model.encoder.positions.weight[bucket(torch.tensor(1), bidirectional=True), 0] += 5
-    for layer in model.decoder.layers:
-        layer.cross.q.weight.copy_(layer.cross.k.weight * model.config.d_kv ** -0.5)
 
 
 def parse_args(argv=None):
@@ -199,7 +177,7 @@ def parse_args(argv=None):
     add("folder", type=Path, help="where base and tasks go")
     add("--read", type=int, default=22000, metavar="N",
         help="pictures whose captions the base reads; the others' are the tasks' training pairs")
-    add("--steps", type=int, default=16000, metavar="N", help="updates of the base")
+    add("--steps", type=int, default=5000, metavar="N", help="updates of the base")
     add("--seed", type=int, default=0, metavar="N", help="of all that is random")
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
     add("--batch-size", type=int, default=48, metavar="N", help="pages a step")
