@@ -57,17 +57,30 @@ toy() {
 }
 
 captions() {  # FOLDER
-    files() { for lang in $2; do echo -n " $lang=$folder/$1.$lang${3-}"; done; }  # PART LANGUAGES
-    folder=$1
+    local folder=$1
+    files() { for lang in $2; do echo -n " $lang=$folder/$1.$lang${3-}"; done; }  # NAME LANGUAGES
     for task in completion keywords summary; do
         langs="en de fr cs"
         [ $task = summary ] && langs="en de"
-        given="--init $folder/base.pt --max-source 96 --max-target 32 --test-size 200 --steps 120"
-        given+=" --test$(files $task.test "$langs" .jsonl)"
+        given="--init $folder/base.pt --max-source 96 --max-target 32 --eval-size 100 --test-size 200"
         given+=" --parallel$(files parallel "en de fr cs")"
-        english="$given --train$(files $task.train en .jsonl) --dev$(files $task.dev en .jsonl)"
+        english="$given --dev$(files $task.dev en .jsonl) --test$(files $task.test "$langs" .jsonl)"
+        one="--train$(files $task.train en .jsonl)"
+        two="--train$(files $task.train "en de" .jsonl)"
+        slow="--lr 1e-4 --steps 200"
         for seed in ${SEEDS:-10 11 12 13 14}; do
-            echo "captions/$task-plain-$seed $english --seed $seed"
+            echo "captions/$task-plain-$seed $english $one --seed $seed --steps 60"
+            echo "captions/$task-reg-$seed $english $one --seed $seed --steps 60 --reg 1"
+            echo "captions/$task-plain-low-$seed $english $one --seed $seed $slow"
+            echo "captions/$task-reg-low-$seed $english $one --seed $seed $slow --reg 1"
+            if [ $task != summary ]; then  # which has no third language to judge
+                echo "captions/$task-aux-$seed $english $two --seed $seed --steps 60"
+                echo "captions/$task-aux-reg-$seed $english $two --seed $seed --steps 60 --reg 1"
+            fi
+        done
+        for lang in ${langs#en }; do
+            echo "captions/$task-upper-$lang $given --train$(files $task.train $lang .jsonl)" \
+                "--dev$(files $task.dev $lang .jsonl) --test$(files $task.test $lang .jsonl)"
         done
     done
 }
