@@ -37,7 +37,7 @@ from xlrs import FLOOR, pool, regulariser
 
 PARTS = ("embedding", "encoder", "decoder", "head")
 FULL = "out of memory|ALLOC_FAILED|allocate memory"  # how devices say that their memory is full
-HELD = contextlib.ExitStack()  # what main() lets go of: a lock on the folder, the process group
+HELD = contextlib.ExitStack()  # what main() lets go of at its end: the lock on a run's folder
 MAY_CHANGE = ("steps", "eval_every", "out", "resume", "device", "compile", "recompute")
 
 
@@ -96,6 +96,8 @@ def train(args):
         scoring.choose_checkpoint(folder)  # by XLRS, else dev loss, else the last; never the base
         if texts.test:
             scoring.score_run(folder, texts.test, texts.held_out, args, device, autocast)
+    if processes > 1:
+        torch.distributed.destroy_process_group()
 
 
 def objective(model, batch, parallel, floor):
@@ -162,7 +164,6 @@ def join_processes():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))  # as one measures
-    HELD.callback(torch.distributed.destroy_process_group)
     return torch.distributed.get_rank(), processes
 
 
@@ -251,8 +252,7 @@ def parse_args(argv=None):
         help="low enough, for the regulariser and for choosing (%(default)s; -1: no floor)")
     add("--reg-batch", type=positive, default=8, metavar="N", help="parallel sentences a step (8)")
     add("--freeze", nargs="+", choices=PARTS, default=[], help="parts that do not learn (none)")
-    add("--lr", type=float, default=5e-4, metavar="LR",
-        help="AdamW's learning rate (%(default)s; 1e-4 is usual for mT5)")
+    add("--lr", type=float, default=5e-4, metavar="LR", help="rate (5e-4; for mT5 1e-4 is usual)")
     add("--steps", type=positive, default=100, metavar="N", help="updates (%(default)s)")
     add("--warmup", type=positive, default=20, metavar="N", help="steps until the rate is LR (20)")
     add("--batch-size", type=positive, default=32, metavar="N", help="pairs a step (%(default)s)")

@@ -175,8 +175,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("multi30k", type=Path, help="a clone of https://github.com/multi30k/dataset")
     add("folder", type=Path, help="where base and tasks go")
-    add("--read", type=int, default=22000, metavar="N",
-        help="pictures whose captions the base reads; the others' are the tasks' training pairs")
+    add("--read", type=int, default=22000, metavar="N", help="pictures that are not for the tasks")
     add("--steps", type=int, default=5000, metavar="N", help="updates of the base")
     add("--seed", type=int, default=0, metavar="N", help="of all that is random")
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")

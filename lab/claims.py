@@ -369,11 +369,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Print and draw what runs say of the claims.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder, or what --out wrote")
-    add("--pair", nargs=2, metavar="METHOD", help="what to compare, as the tables name it "
-        "(--reg 0 and the regulariser)")
+    add("--pair", nargs=2, metavar="METHOD", help="what to compare (--reg 0 and the regulariser)")
     add("--out", metavar="FILE", help="write what is needed of the runs, as JSON")
-    add("--plot", metavar="FILE", help="draw XLRS and wrong-language rate (PNG, SVG or PDF; needs "
-        "matplotlib)")
+    add("--plot", metavar="FILE", help="draw them: PNG, SVG or PDF; needs matplotlib")
     args = parser.parse_args(argv)
     try:
         runs = read_runs(args.runs)
