@@ -6,9 +6,9 @@ Czech (Multi30k: Elliott et al., 2016, 2017; Barrault et al., 2018).
 
 writes FOLDER/base.pt, a small mT5 that has read the captions of 22,000 pictures, and tasks made of
 those of the other pictures: FOLDER/TASK.PART.LANG.jsonl (source, target) and, to measure XLRS on,
-FOLDER/parallel.LANG, in 16 minutes on one core. `bash lab/grid.sh FOLDER` fine-tunes on them. The
-base is a first one: it reads, but does not keep to a text's language well enough yet to judge
-remedies on it. No licence lets us ship the captions, or a model that was trained on them.
+FOLDER/parallel.LANG, in 36 minutes on one core. `bash lab/grid.sh FOLDER` fine-tunes on them. The
+base is a first one: it fills masked captions in their language, but reads too little of a text yet
+to judge remedies on it. No licence lets us ship the captions, or a model that was trained on them.
 """
 
 import argparse
@@ -177,7 +177,7 @@ def parse_args(argv=None):
     add("multi30k", type=Path, help="a clone of https://github.com/multi30k/dataset")
     add("folder", type=Path, help="where base and tasks go")
     add("--read", type=int, default=22000, metavar="N", help="pictures that are not for the tasks")
-    add("--steps", type=int, default=5000, metavar="N", help="updates of the base")
+    add("--steps", type=int, default=10500, metavar="N", help="updates of the base")
     add("--seed", type=int, default=0, metavar="N", help="of all that is random")
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
     add("--batch-size", type=int, default=48, metavar="N", help="pages a step")
