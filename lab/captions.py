@@ -15,7 +15,6 @@ import argparse
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +64,7 @@ def completion(caption):
 
 def keywords(caption):
     """The four longest words of a caption in a random order, and the caption."""
-    words = {word.strip(".,;:!?()\"'").lower() for word in caption.split()}
+    words = {word.strip(".,;:!?()\"'") for word in caption.split()}
     words = sorted(words, key=lambda word: (len(word), word))[-4:]
     random.Random(caption).shuffle(words)
     return (" ".join(words), caption) if len(caption.split()) > 5 else None
@@ -103,20 +102,21 @@ def make_base(captions, descriptions, args):
     tokenizer = pretrain.train_tokenizer(itertools.chain(*read.values()), 4000, "unigram")
 
     def encode(texts):
-        return [tokenizer.encode(text)[:-1] for text in texts]
+        ids = (tokenizer.encode(text)[:-1] for text in texts)
+        return [some for some in ids if len(some) > 1]  # one to mask, one to keep
 
-    seen = ({lang: encode(texts) for lang, texts in read.items()},
-            {lang: [encode(five) for five in pictures[:args.read]]
-             for lang, pictures in descriptions["train"].items()})
-    val = {lang: encode(texts) for lang, texts in captions["val"].items()}
+    seen = {lang: [encode([caption, *five]) for caption, five in zip(
+        texts, descriptions["train"].get(lang, itertools.repeat(())))]
+        for lang, texts in read.items()}
+    val = {lang: [encode([text]) for text in texts] for lang, texts in captions["val"].items()}
     model = pretrain.small_model(len(tokenizer))
 
     def draw(group, count):
         rng = np.random.default_rng([args.seed, group])
-        return [example(*seen, rng, tokenizer.sentinels) for _ in range(count)]
+        return [example(seen, rng, tokenizer.sentinels) for _ in range(count)]
 
     rng = np.random.default_rng([args.seed, pretrain.UNSEEN])
-    unseen = [example(val, {}, rng, tokenizer.sentinels, page_is_target=0) for _ in range(512)]
+    unseen = [example(val, rng, tokenizer.sentinels, page_is_target=0) for _ in range(512)]
     pretrain.learn(model, tokenizer, draw, unseen, captions["val"], args)
     print(json.dumps({"right language, %": {
         lang: fills_in_its_language(model, tokenizer, lang, val[lang][-200:], rng)
@@ -129,42 +129,43 @@ def fills_in_its_language(model, tokenizer, lang, captions, rng):
     Half of a caption's pieces are masked, as one span; the identifier expects all languages.
     """
     masked = []
-    for ids in captions:
+    for ids, in captions:
         start = int(rng.integers(1, 1 + len(ids) // 2))
-        span = start, start + len(ids) // 2
-        masked.append(pretrain.mask_spans(ids, [span], tokenizer.sentinels)[0])
+        spans = [(start, start + len(ids) // 2)]
+        masked.append(pretrain.mask_spans(ids, spans, tokenizer.sentinels)[0])
     found = model.generate(*data.pad_source(masked), max_new_tokens=32).tolist()
     codes = scoring.identifier().predict([tokenizer.decode(ids) for ids in found], LANGUAGES)
     return 100 * codes.count(lang) / len(codes)
 
 
-def page(captions, descriptions, rng):
-    """Return a page, [ids of a caption, …].
+def page(texts, rng):
+    """Return a page, [ids of a text, …]; texts: {language: [[caption, description, …], …]}, ids.
 
     One in five has a picture's caption in two languages, as in the toy: the web has such pages by
-    accident, we by design (ours). Two in five have captions of two or three pictures, each in
-    another language, so that a span's language is its neighbours', not the page's. The others are
-    in one language: one or two captions, or two descriptions of a picture.
+    accident, we by design (ours). Seven in ten have texts of two or three pictures, each in another
+    language, so that a span's language is its neighbours', not the page's. The others are one or
+    two texts in one language. Text: a caption or, in English and German, a description as well.
     """
+    def one(lang, picture):
+        return texts[lang][picture][rng.integers(len(texts[lang][picture]))]
+
     kind, count = rng.random(), int(rng.integers(1, 3))
-    pictures = [int(i) for i in rng.integers(len(captions["en"]), size=3)]
+    pictures = [int(i) for i in rng.integers(len(texts["en"]), size=3)]
     first, *others = (str(lang) for lang in rng.permutation(LANGUAGES))
     if kind < 0.2:
-        return [captions[lang][pictures[0]] for lang in (first, others[0])]
-    if kind < 0.6:
-        return [captions[lang][i] for lang, i in zip(others, pictures[:count + 1])]
-    if kind < 0.8 and first in descriptions:
-        return [descriptions[first][pictures[0]][i] for i in rng.permutation(5)[:2]]
-    return [captions[first][i] for i in pictures[:count]]
+        return [texts[lang][pictures[0]][0] for lang in (first, others[0])]
+    if kind < 0.9:
+        return list(map(one, others, pictures[:count + 1]))
+    return [one(first, i) for i in pictures[:count]]
 
 
-def example(captions, descriptions, rng, sentinels, page_is_target=0.5):
+def example(texts, rng, sentinels, page_is_target=0.5):
     """Return (source ids, target ids): a page with 30 % of its pieces masked, in short spans.
 
     Half of the targets are the page itself (BART's denoising: Lewis et al., 2020), which teaches to
     attend to the source; the others are mT5's, the spans. No page shows a task.
     """
-    ids = sum(page(captions, descriptions, rng), [])
+    ids = sum(page(texts, rng), [])
     spans = pretrain.random_spans(len(ids), rng, density=0.3, mean=rng.choice([2., 3., 6.]))
     source, target = pretrain.mask_spans(ids, spans, sentinels)
     return source, ids + [EOS] if rng.random() < page_is_target else target
@@ -177,7 +178,7 @@ def parse_args(argv=None):
     add("multi30k", type=Path, help="a clone of https://github.com/multi30k/dataset")
     add("folder", type=Path, help="where base and tasks go")
     add("--read", type=int, default=22000, metavar="N", help="pictures that are not for the tasks")
-    add("--steps", type=int, default=10500, metavar="N", help="updates of the base")
+    add("--steps", type=int, default=14000, metavar="N", help="updates of the base")
     add("--seed", type=int, default=0, metavar="N", help="of all that is random")
     add("--lr", type=float, default=2e-3, help="AdamW's highest learning rate")
     add("--batch-size", type=int, default=48, metavar="N", help="pages a step")
@@ -189,5 +190,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()

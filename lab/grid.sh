@@ -18,7 +18,7 @@ run() {  # NAME ARGUMENTS…
     [ -e "$folder/done" ] && return
     rm -rf "$folder"
     {
-        python train.py --eval-size 200 --out "$folder" "$@" && case $folder in *upper* | *usual*)
+        python train.py --out "$folder" "$@" && case $folder in *upper* | *usual*)
             python select.py "$folder" --by dev && python eval.py "$folder";;
         esac
     } > "$folder.log" 2>&1 && rm "$folder"/*.pt && touch "$folder/done"
@@ -27,31 +27,32 @@ export -f run
 
 toy() {
     tasks="title summary completion"
+    for task in $tasks; do
+        echo "usual/$task --task $task"
+        echo "usual/$task-low --task $task --lr 1e-4"
+    done
     for seed in ${SEEDS:-10 11 12 13 14}; do
         for task in $tasks; do
-            echo "grid/$task-plain-$seed --task $task --seed $seed"
-            echo "grid/$task-reg-$seed --task $task --seed $seed --reg 0.1"
-        done
-    done
-    for task in $tasks; do
-        echo "usual/$task --task $task --eval-size 100"
-        echo "usual/$task-low --task $task --eval-size 100 --lr 1e-4"
-        for lang in de es fr ru tr; do
-            echo "grid/$task-upper-$lang --task $task --train $lang --test $lang"
+            for reg in 0 0.1; do
+                given="--task $task --seed $seed --reg $reg"
+                echo "grid/$task-$reg-$seed $given"
+                echo "grid/$task-$reg-1e-4-$seed $given --lr 1e-4"
+            done
         done
     done
     for seed in ${OTHERS-10 11 12}; do
         for task in $tasks; do
-            echo "grid/$task-aux-$seed --task $task --seed $seed --train en de"
+            for reg in 0 0.1; do
+                given="--task $task --seed $seed --reg $reg"
+                echo "grid/$task-$reg-de-$seed $given --train en de"
+                echo "grid/$task-$reg-de-es-$seed $given --train en de es"
+            done
             echo "grid/$task-frozen-$seed --task $task --seed $seed --freeze decoder head"
         done
     done
-    for seed in ${RATE_SEEDS-10 11}; do
-        for lr in 1e-3 1e-4; do
-            for task in $tasks; do
-                echo "grid/$task-plain-$lr-$seed --task $task --seed $seed --lr $lr"
-                echo "grid/$task-reg-$lr-$seed --task $task --seed $seed --lr $lr --reg 0.1"
-            done
+    for task in $tasks; do
+        for lang in de es fr ru tr; do
+            echo "grid/$task-upper-$lang --task $task --train $lang --test $lang"
         done
     done
 }

@@ -261,5 +261,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # whatever the console can show
     main()
