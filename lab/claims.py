@@ -67,12 +67,15 @@ def print_claims(runs, pair, tasks):
 def pairs(runs, *methods):
     """Return [(run, run), …] of two methods, alike in task and seed, with "equal loss" in facts.
 
-    It is the first checkpoint of each with a source development loss that both reach.
+    It is the first checkpoint of each with a source development loss that both reach. Both are
+    judged on the languages that neither was trained on.
     """
     found = []
     for both in itertools.product(*([run for run in runs if run["method"] == name]
                                     for name in methods)):
         if len({(run["task"], run["seed"]) for run in both}) == 1:
+            shared = set.intersection(*(set(run["base"]["test"]) for run in both))
+            both = [judged(run, shared) for run in both]
             level = max(run["facts"]["lowest loss"] for run in both)
             found.append([run | {"facts": run["facts"] | at(
                 "equal loss", next(row for row in run["scores"][1:] if row["dev_loss"] <= level))}
@@ -314,8 +317,11 @@ def shuffled(path, language):
     return 100 * scoring.rouge_l(outputs, references[1:] + references[:1]).mean().item()
 
 
-def judged(run):
-    """Return the run with "method", its name as it was asked for, "scores" and "facts"."""
+def judged(run, langs=None):
+    """Return the run with "method", its name as it was asked for, "scores" and "facts".
+
+    langs: what to judge it on, by default all that it was tested on but those it learnt.
+    """
     method = f"--reg {run['reg']:g}"
     if run["reg"] and run["reg_floor"] != FLOOR:
         method += f" --reg-floor {run['reg_floor']:g}"
@@ -325,13 +331,13 @@ def judged(run):
         method += f" --freeze {' '.join(run['freeze'])}"
     if run["lr"] != USUAL:
         method += f" --lr {run['lr']:g}"
-    scores = [scores_of(row, run["train"][0]) for row in (run["base"], *run["checkpoints"])]
+    scores = [scores_of(row, run["train"][0], langs) for row in (run["base"], *run["checkpoints"])]
     return run | {"method": method, "scores": scores, "facts": facts(scores, run["reg_floor"])}
 
 
-def scores_of(row, source):
+def scores_of(row, source, langs):
     """Return {column: number} of a row, means over target languages, and what choose() goes by."""
-    targets = [one for lang, one in row["test"].items() if lang != source]
+    targets = [row["test"][lang] for lang in langs or row["test"] if lang != source]
     scores = {column: scoring.mean(one[key] for one in targets if key in one)
               for column, key in SCORES.items()}
     xlrs = scoring.mean(row["xlrs"].values())
