@@ -25,7 +25,6 @@ import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import sentencepiece
@@ -1348,12 +1347,12 @@ def test_the_two_commands_of_the_readme_print_what_it_shows(tmp_path):
 def test_the_loop_of_the_readme_has_the_loss_of_ours(pair):
     ours, theirs = pair
     (ids, mask, _), one = batch(sentences=6), batch()
-    names = {"pool": xlrs.pool, "regulariser": xlrs.regulariser, "torch": torch, "model": theirs,
-             "batch": inputs(*one), "parallel": [
-                 {"input_ids": ids[i::3], "attention_mask": mask[i::3].long()} for i in range(3)]}
-    exec((HERE / "README.md").read_text().split("```python\n")[1].split("```")[0], names)
-    loss, term = train.objective(ours, one, [ids.unflatten(0, (2, 3)), mask.unflatten(0, (2, 3))],
-                                 xlrs.FLOOR)
+    parallel = [{"input_ids": ids[i::3], "attention_mask": mask[i::3].long()} for i in range(3)]
+    names = {"torch": torch, "model": theirs, "batch": inputs(*one), "parallel": parallel}
+    loop = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(loop, names := vars(xlrs) | names)
+    sides = [tensor.unflatten(0, (2, 3)) for tensor in (ids, mask)]
+    loss, term = train.objective(ours, one, sides, xlrs.FLOOR)
     assert term > 0 and names["loss"].item() == pytest.approx((loss + 0.1 * term).item(), rel=1e-5)
 
 
@@ -1408,7 +1407,7 @@ def test_the_shipped_grid_gives_claims_in_few_lines_and_a_figure(tmp_path, monke
     assert finished.stdout.count("\n") <= 100 and "<svg" in (tmp_path / "runs.svg").read_text()
 
 
-def test_masked_spans_go_to_the_target_in_order_and_random_ones_cover_the_density():
+def test_masked_spans_go_to_the_target_in_order():
     source, target = pretrain.mask_spans([10, 11, 12, 13, 14, 15], [(1, 3), (5, 6)], [99, 98, 97])
     assert source == [10, 99, 13, 14, 98, EOS], (
         f"source: expected 99 in place of 11 12, 98 in place of 15, {EOS} (</s>) at the end")
@@ -1416,18 +1415,12 @@ def test_masked_spans_go_to_the_target_in_order_and_random_ones_cover_the_densit
         f"target: expected 99 before 11 12, 98 before 15, {EOS} (</s>) at the end")
     assert pretrain.mask_spans([10, 11], [(0, 1)], [99, 98]) == ([99, 11, 1], [99, 10, 1]), (
         "a span at the start: expected nothing before its sentinel")
-    for length in (2, 3, 10, 57, 500):
-        spans = pretrain.random_spans(length, np.random.default_rng(0), density=0.15)
-        masked = [place for start, end in spans for place in range(start, end)]
-        assert masked == sorted(set(masked)) and set(masked) < set(range(length))
-        assert len(masked) == max(1, round(0.15 * length))
 
 
 def test_pretraining_lowers_the_loss_and_leaves_a_base(tmp_path):
     told = script("lab/pretrain.py", "--steps", 8, 4, "--batch-size", 8,
                   "--out", tmp_path / "base.pt")
-    model, tokenizer = mt5.load(tmp_path / "base.pt")
-    assert len(tokenizer) == model.config.vocab_size
+    _, tokenizer = mt5.load(tmp_path / "base.pt")
     assert json.loads(told.stdout)["dev_loss"] < math.log(len(tokenizer)) - 1  # above: a guess
 
 
@@ -1453,8 +1446,7 @@ def test_captions_make_a_base_and_the_tasks_of_the_other_pictures(tmp_path):
     finished = script("lab/captions.py", tmp_path, tmp_path / "out", "--read", 8, "--steps", 4,
                       "--batch-size", 4)
     assert set(json.loads(finished.stdout.splitlines()[-1])["right language, %"]) == set(texts)
-    model, tokenizer = mt5.load(tmp_path / "out" / "base.pt")
-    assert len(tokenizer) == model.config.vocab_size
+    mt5.load(tmp_path / "out" / "base.pt")
     pairs = data.read_pairs(tmp_path / "out" / "keywords.train.fr.jsonl")
     assert [target for _, target in pairs] == [
         f"Un chien train {i} court dans l’herbe." for i in range(8, 12)], "not those it has read"

@@ -2,7 +2,7 @@
 # Makes the runs behind lab/results, two side by side on two cores: every task, method and seed;
 # other learning rates; and the upper bound, fine-tuned in each target language. Started again
 # after a stop it goes on with the runs that are missing.
-#     bash lab/grid.sh            # in the toy world: 90 runs of about 70 s, 53 minutes
+#     bash lab/grid.sh            # in the toy world
 #     python lab/claims.py runs/grid/*/ --out lab/results/grid.json --plot lab/results/runs.png
 #     bash lab/grid.sh FOLDER     # on real captions, as lab/captions.py wrote them to FOLDER
 #     python lab/claims.py runs/captions/*/ --out lab/results/captions.json \
@@ -46,8 +46,8 @@ toy() {
                 given="--task $task --seed $seed --reg $reg"
                 echo "grid/$task-$reg-de-$seed $given --train en de"
                 echo "grid/$task-$reg-de-es-$seed $given --train en de es"
+                echo "grid/$task-$reg-frozen-$seed $given --freeze decoder head"
             done
-            echo "grid/$task-frozen-$seed --task $task --seed $seed --freeze decoder head"
         done
     done
     for task in $tasks; do
@@ -58,32 +58,38 @@ toy() {
 }
 
 captions() {  # FOLDER
-    local folder=$1
+    local folder=$1 tasks="completion keywords summary"
     files() { for lang in $2; do echo -n " $lang=$folder/$1.$lang${3-}"; done; }  # NAME LANGUAGES
-    for task in completion keywords summary; do
-        langs="en de fr cs"
-        [ $task = summary ] && langs="en de"
-        given="--init $folder/base.pt --max-source 96 --max-target 32 --eval-size 100 --test-size 200"
-        given+=" --parallel$(files parallel "en de fr cs")"
-        english="$given --dev$(files $task.dev en .jsonl) --test$(files $task.test "$langs" .jsonl)"
-        one="--train$(files $task.train en .jsonl)"
-        two="--train$(files $task.train "en de" .jsonl)"
-        slow="--lr 1e-4 --steps 200"
-        for seed in ${SEEDS:-10 11 12 13 14}; do
-            echo "captions/$task-plain-$seed $english $one --seed $seed --steps 60"
-            echo "captions/$task-reg-$seed $english $one --seed $seed --steps 60 --reg 1"
-            echo "captions/$task-plain-low-$seed $english $one --seed $seed $slow"
-            echo "captions/$task-reg-low-$seed $english $one --seed $seed $slow --reg 1"
-            if [ $task != summary ]; then  # which has no third language to judge
-                echo "captions/$task-aux-$seed $english $two --seed $seed --steps 60"
-                echo "captions/$task-aux-reg-$seed $english $two --seed $seed --steps 60 --reg 1"
-            fi
-        done
-        for lang in ${langs#en }; do
-            echo "captions/$task-upper-$lang $given --train$(files $task.train $lang .jsonl)" \
-                "--dev$(files $task.dev $lang .jsonl) --test$(files $task.test $lang .jsonl)"
+    train() { echo "--train$(files $task.train "$1" .jsonl)"; }
+    rest="--init $folder/base.pt --max-source 96 --max-target 32 --eval-size 100 --test-size 100"
+    rest+=" --parallel$(files parallel "en de fr cs")"
+    for seed in ${SEEDS:-10 11 12 13 14}; do
+        for task in $tasks; do
+            given="--seed $seed $rest --dev$(files $task.dev en .jsonl)"
+            given+=" --test$(files $task.test "$(languages $task)" .jsonl)"
+            for reg in 0 1; do
+                echo "captions/$task-$reg-$seed $given --reg $reg $(train en) --steps 40"
+                echo "captions/$task-$reg-low-$seed $given --reg $reg $(train en) --steps 120" \
+                    "--lr 1e-4 --eval-every 20"
+                echo "captions/$task-$reg-frozen-$seed $given --reg $reg $(train en) --steps 90" \
+                    "--freeze decoder head --eval-every 15"
+                [[ $task = summary || ${OTHERS-10 11 12} != *$seed* ]] && continue
+                echo "captions/$task-$reg-de-$seed $given --reg $reg $(train "en de") --steps 40"
+                echo "captions/$task-$reg-fr-$seed $given --reg $reg $(train "en de fr") --steps 40"
+            done
         done
     done
+    for task in $tasks; do
+        for lang in $(languages $task); do
+            [ $lang = en ] || echo "captions/$task-upper-$lang $rest $(train $lang) --lr 1e-3" \
+                "--dev$(files $task.dev $lang .jsonl) --test$(files $task.test $lang .jsonl)" \
+                "--steps 150 --eval-every 30"
+        done
+    done
+}
+
+languages() {  # TASK
+    if [ $1 = summary ]; then echo en de; else echo en de fr cs; fi
 }
 
 if [ $# = 0 ]; then
