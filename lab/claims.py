@@ -209,32 +209,30 @@ def print_upper_bound(runs, tasks):
     scoring.table(rows, ["", *tasks])
 
 
-def plot(runs, pair, tasks, path):
+def plot(runs, methods, tasks, path):
     """Draw XLRS and wrong-language rate over steps, and the latter over the source's dev loss.
 
-    A column a task; without and with a remedy; means over seeds, bars their 95 % intervals. Into a
-    PNG, SVG or PDF file.
+    A column a task; methods in twos, without and with a remedy; means over seeds, bars their 95 %
+    intervals. Into a PNG, SVG or PDF file.
     """
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(3, len(tasks), squeeze=False, sharey="row", layout="constrained",
                                    figsize=(1.5 + 2.6 * len(tasks), 6.4))
-    styles = dict(zip(pair, ({"fmt": "k--o", "markerfacecolor": "w"}, {"fmt": "k-s"})))
     rows = ("step", "XLRS"), ("step", "wrong %"), ("dev_loss", "wrong %")
     for ax, ((x, y), task) in zip(axes.flat, itertools.product(rows, tasks)):
-        for name, style in styles.items():
+        for name, fmt in zip(methods, ("k--o", "k-s", "C1--o", "C1-s")):
             curves = [run["scores"] for run in runs if (run["task"], run["method"]) == (task, name)]
             if curves:
                 points = list(zip(*curves))[x == "dev_loss":]  # by step; without the base
                 means, halves = zip(*(mean_and_half(row[y] for row in point) for point in points))
                 places = [scoring.mean(row[x] for row in point) for point in points]
-                ax.errorbar(places, means, halves, markersize=4, linewidth=1.2, elinewidth=0.8,
-                            capsize=2, label=name, **style)
-        ax.set(title=task, xlabel={"dev_loss": "source dev loss"}.get(x, x), ylabel=y)
+                ax.errorbar(places, means, halves, fmt=fmt, markersize=4, linewidth=1.2,
+                            elinewidth=0.8, capsize=2, label=name)
+        ax.set(title=task, xlabel={"dev_loss": "source dev loss"}.get(x, x),
+               ylabel=y if task == tasks[0] else "")
         if x == "dev_loss":
             ax.invert_xaxis()
-    for ax in axes[:, 1:].flat:
-        ax.set_ylabel("")
-    axes[1, 0].legend(frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -375,7 +373,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Print and draw what runs say of the claims.")
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run folder, or what --out wrote")
-    add("--pair", nargs=2, metavar="METHOD", help="what to compare (--reg 0 and the regulariser)")
+    add("--pair", nargs="+", metavar="METHOD",
+        help="what to compare, in twos, and to draw (--reg 0 and the regulariser)")
     add("--out", metavar="FILE", help="write what is needed of the runs, as JSON")
     add("--plot", metavar="FILE", help="draw them: PNG, SVG or PDF; needs matplotlib")
     args = parser.parse_args(argv)
@@ -389,17 +388,18 @@ def main(argv=None):
         bound = [run for run in runs if run["train"][0] != source]
         runs = [run for run in runs if run["train"][0] == source]
         names = [run["method"] for run in runs if run["reg"] and run["method"].count("--") == 1]
-        pair = args.pair or ("--reg 0", max(names, key=names.count, default="(none)"))
+        methods = args.pair or ("--reg 0", max(names, key=names.count, default="(none)"))
         tasks = list(dict.fromkeys(run["task"] for run in runs))
         columns = tasks + ["mean"] * (len(tasks) > 1)
-        print_claims(runs, pair, columns)
+        for pair in zip(methods[::2], methods[1::2]):
+            print_claims(runs, pair, columns)
         print_remedies(runs, columns)
         print_methods(runs + at_the_best_rate(runs), columns)
         print_correlation(runs)
         if bound:
             print_upper_bound([run for run in runs if run["method"] == "--reg 0"] + bound, tasks)
         if args.plot:
-            plot(runs, pair, tasks, args.plot)
+            plot(runs, methods, tasks, args.plot)
     except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
 
