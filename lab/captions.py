@@ -6,9 +6,8 @@ Czech (Multi30k: Elliott et al., 2016, 2017; Barrault et al., 2018).
 
 writes FOLDER/base.pt, a small mT5 that has read the captions of 22,000 pictures, and tasks made of
 those of the other pictures: FOLDER/TASK.PART.LANG.jsonl (source, target) and, to measure XLRS on,
-FOLDER/parallel.LANG, in 36 minutes on one core. `bash lab/grid.sh FOLDER` fine-tunes on them. The
-base is a first one: it fills masked captions in their language, but reads too little of a text yet
-to judge remedies on it. No licence lets us ship the captions, or a model that was trained on them.
+FOLDER/parallel.LANG, in 80 minutes on one core. `bash lab/grid.sh FOLDER` fine-tunes on them, and
+lab/results says what comes out. No licence lets us ship the captions or what was trained on them.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Makes the runs behind lab/results, two side by side on two cores: every task, method and seed;
-# other learning rates; and the upper bound, fine-tuned in each target language. Started again
-# after a stop it goes on with the runs that are missing.
-#     bash lab/grid.sh            # in the toy world
+# both learning rates; and the upper bound, fine-tuned in each target language. Started again
+# after a stop it goes on with the runs that are missing. SEEDS, OTHERS (seeds of further source
+# languages and of a frozen decoder) and JOBS may be set.
+#     bash lab/grid.sh            # in the toy world: 135 runs of 45 s
 #     python lab/claims.py runs/grid/*/ --out lab/results/grid.json --plot lab/results/runs.png
-#     bash lab/grid.sh FOLDER     # on real captions, as lab/captions.py wrote them to FOLDER
+#     bash lab/grid.sh FOLDER     # on captions, as lab/captions.py wrote them: 121 runs of 25 s
 #     python lab/claims.py runs/captions/*/ --out lab/results/captions.json \
 #         --plot lab/results/captions.png
 # In the toy world it makes lab/results/TASK.json last, which train.py prints beside a run.
@@ -61,21 +62,22 @@ captions() {  # FOLDER
     local folder=$1 tasks="completion keywords summary"
     files() { for lang in $2; do echo -n " $lang=$folder/$1.$lang${3-}"; done; }  # NAME LANGUAGES
     train() { echo "--train$(files $task.train "$1" .jsonl)"; }
-    rest="--init $folder/base.pt --max-source 96 --max-target 32 --eval-size 100 --test-size 100"
+    rest="--init $folder/base.pt --max-source 96 --max-target 32 --eval-size 60 --test-size 100"
     rest+=" --parallel$(files parallel "en de fr cs")"
     for seed in ${SEEDS:-10 11 12 13 14}; do
         for task in $tasks; do
             given="--seed $seed $rest --dev$(files $task.dev en .jsonl)"
             given+=" --test$(files $task.test "$(languages $task)" .jsonl)"
             for reg in 0 1; do
-                echo "captions/$task-$reg-$seed $given --reg $reg $(train en) --steps 40"
-                echo "captions/$task-$reg-low-$seed $given --reg $reg $(train en) --steps 120" \
-                    "--lr 1e-4 --eval-every 20"
-                echo "captions/$task-$reg-frozen-$seed $given --reg $reg $(train en) --steps 90" \
-                    "--freeze decoder head --eval-every 15"
+                name="captions/$task-$reg" with="--reg $reg $given"
+                few="--steps 40 --eval-every 5"
+                echo "$name-$seed $with $(train en) $few"
+                echo "$name-low-$seed $with $(train en) --lr 1e-4 --steps 80 --eval-every 20"
+                echo "$name-frozen-$seed $with $(train en) --freeze decoder head --steps 90" \
+                    "--eval-every 15"
                 [[ $task = summary || ${OTHERS-10 11 12} != *$seed* ]] && continue
-                echo "captions/$task-$reg-de-$seed $given --reg $reg $(train "en de") --steps 40"
-                echo "captions/$task-$reg-fr-$seed $given --reg $reg $(train "en de fr") --steps 40"
+                echo "$name-de-$seed $with $(train "en de") $few"
+                echo "$name-fr-$seed $with $(train "en de fr") $few"
             done
         done
     done
