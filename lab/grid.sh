@@ -7,7 +7,8 @@
 #     python lab/claims.py runs/grid/*/ --out lab/results/grid.json --plot lab/results/runs.png
 #     bash lab/grid.sh FOLDER     # on captions, as lab/captions.py wrote them: 121 runs of 25 s
 #     python lab/claims.py runs/captions/*/ --out lab/results/captions.json \
-#         --plot lab/results/captions.png
+#         --plot lab/results/captions.png --pair "--reg 0" "--reg 1" \
+#         "--reg 0 --freeze decoder head" "--reg 1 --freeze decoder head"
 # In the toy world it makes lab/results/TASK.json last, which train.py prints beside a run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
