@@ -143,7 +143,7 @@ def page(texts, rng):
     One in five has a picture's caption in two languages, as in the toy: the web has such pages by
     accident, we by design (ours). Seven in ten have texts of two or three pictures, each in another
     language, so that a span's language is its neighbours', not the page's. The others are one or
-    two texts in one language. Text: a caption or, in English and German, a description as well.
+    two texts in one language. A text is a caption or, in English and German, a description.
     """
     def one(lang, picture):
         return texts[lang][picture][rng.integers(len(texts[lang][picture]))]
