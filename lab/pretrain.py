@@ -231,7 +231,7 @@ def mask_spans(ids, spans, sentinels):
 
 
 def random_spans(length, rng, density, mean=3.0):
-    """Return spans that cover about density of length ids, at least 2; mean ids each (T5, 3.1.4)."""
+    """Return spans over about density of length ids (from 2), mean ids each (T5, section 3.1.4)."""
     masked = min(max(1, round(length * density)), length - 1)
     count = max(1, min(round(masked / mean), length - masked))
     kept, noise = (partition(total, count, rng) for total in (length - masked, masked))
